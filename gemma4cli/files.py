@@ -1,0 +1,108 @@
+"""Files that are whole or absent: atomic outputs, hashes, free space, strict JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemma4cli.errors import G4Error
+from gemma4cli.progress import SILENT, Progress
+
+_HASH_CHUNK_BYTES = 8 << 20
+
+
+def sha256_file(path: Path, progress: Progress = SILENT) -> str:
+    """Return the SHA-256 of a file as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, progress.phase(f"hash {path.name}", path.stat().st_size) as task:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            task.advance(len(chunk))
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Parse a UTF-8 JSON file; a missing or damaged file is a ``G4Error`` naming it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise G4Error(f"{path} does not exist.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise G4Error(f"{path} is not valid JSON: {error}.", hint="The file is damaged; fetch it again.") from None
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write JSON with a final newline, atomically (temporary file, flush to disk, rename)."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def require_free_space(directory: Path, needed_bytes: int, purpose: str) -> None:
+    """Refuse before starting when the disk that will hold `directory` has less than `needed_bytes` free."""
+    existing = directory
+    while not existing.exists():
+        existing = existing.parent
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise G4Error(
+            f"{purpose} needs {format_bytes(needed_bytes)} on the disk of {directory}, which has "
+            f"{format_bytes(free_bytes)} free.",
+            hint="Free some space, or choose another place with --output.",
+        )
+
+
+def require_absent(target: Path, force: bool) -> None:
+    """Refuse to replace an existing output unless the user said --force."""
+    if target.exists() and not force:
+        raise G4Error(f"{target} already exists.", hint="Use --force to replace it, or --output to write elsewhere.")
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path, *, force: bool = False, resume: bool = False) -> Iterator[Path]:
+    """Yield a working folder beside `target` and rename it to `target` when the block ends well.
+
+    A crash, a kill or an exception never leaves a half-written `target`: only ``.<name>.partial`` remains, which the
+    next run with ``resume=True`` continues and any other run empties first.
+    An existing `target` is replaced only with `force`, and only after the new one is complete.
+    """
+    require_absent(target, force)
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.exists() and not resume:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    yield partial
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    replaced = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.replace(target, replaced)
+    os.replace(partial, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def format_bytes(count: int | float) -> str:
+    """Render bytes in binary units with three significant digits: 512 B, 1.50 KiB, 17.4 GiB."""
+    value = float(count)
+    if value < 1024:
+        return f"{int(value)} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        value /= 1024
+        if value < 1024 or unit == "TiB":
+            digits = 2 if value < 10 else 1 if value < 100 else 0
+            return f"{value:.{digits}f} {unit}"
+    raise AssertionError("unreachable")
