@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -75,24 +76,50 @@ def atomic_directory(target: Path, *, force: bool = False, resume: bool = False)
     A crash, a kill or an exception never leaves a half-written `target`: only ``.<name>.partial`` remains, which the
     next run with ``resume=True`` continues and any other run empties first.
     An existing `target` is replaced only with `force`, and only after the new one is complete.
+    Two processes never write the same `target`: the second is refused.
     """
     require_absent(target, force)
     partial = target.with_name(f".{target.name}.partial")
-    if partial.exists() and not resume:
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    yield partial
-    for path in sorted(partial.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    replaced = target.with_name(f".{target.name}.replaced")
-    if target.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        os.replace(target, replaced)
-    os.replace(partial, target)
+    with _locked_directory(partial, target):
+        if not resume:
+            empty_directory(partial)
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        replaced = target.with_name(f".{target.name}.replaced")
+        if target.exists():
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            os.replace(target, replaced)
+        os.replace(partial, target)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked_directory(directory: Path, target: Path) -> Iterator[None]:
+    """Create `directory` and hold the lock on it; the lock ends with the process, however that ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between the two calls above the other writer may have finished and renamed the folder.
+            ours = directory.exists() and os.path.samestat(os.fstat(handle), directory.stat())
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise G4Error(f"Another g4 is writing {target} right now.", hint="Wait for it, or use another --output.")
+        yield
+    finally:
+        os.close(handle)
+
+
+def empty_directory(directory: Path) -> None:
+    """Remove everything inside a folder and keep the folder."""
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def format_bytes(count: int | float) -> str:

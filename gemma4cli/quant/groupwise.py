@@ -24,7 +24,7 @@ SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
 
 @dataclass(frozen=True)
 class Quantized:
-    """Rows of a quantized matrix: codes [N, K] int16, scale and zero_point [N, K / group] bfloat16."""
+    """Rows of a quantized matrix: codes [N, K] int8, scale and zero_point [N, K / group] bfloat16."""
 
     codes: Tensor
     scale: Tensor
@@ -108,4 +108,4 @@ def encode(groups: Tensor, scale: Tensor, zero_point: Tensor, codes: CodeRange) 
     whole = zero_point.round()
     rounded = (groups / scale[..., None]).add_((zero_point - whole)[..., None]).round_().add_(whole[..., None])
     rounded.clamp_(codes.low, codes.high)
-    return Quantized(rounded.flatten(1).to(torch.int16), scale.bfloat16(), zero_point.bfloat16())
+    return Quantized(rounded.flatten(1).to(torch.int8), scale.bfloat16(), zero_point.bfloat16())

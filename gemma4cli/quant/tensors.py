@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchao.quantization import Int4Tensor, IntxUnpackedToInt8Tensor
 
 from gemma4cli.quant.groupwise import Quantized
 from gemma4cli.quant.recipe import QuantSpec
+from gemma4cli.quant.torchao_types import Int4Tensor, IntxUnpackedToInt8Tensor
 
 _INT4_CENTRE = 8
 

@@ -1,0 +1,161 @@
+"""Writing safetensors shards whose size is known before their contents.
+
+The safetensors library serializes tensors that are all in memory. Here the header of every shard follows from shapes
+alone, so a shard is written tensor by tensor, each at its place, and memory holds one tensor. Quantized tensors are
+laid out by torchao's own `flatten_tensor_state_dict`, run on the meta device, and torchao loads the result.
+
+A shard being written is named `….partial`; its final name means that it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from gemma4cli.quant.torchao_types import flatten_tensor_state_dict
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One file: its name, its header, and where each piece of each tensor goes.
+
+    Args:
+        tensors: canonical name -> {attribute of the tensor, or "" for a plain one: key in the file}.
+        spans: key in the file -> (first byte, past the last byte).
+        nbytes: size of the whole file.
+    """
+
+    file: str
+    header: bytes
+    tensors: Mapping[str, Mapping[str, str]]
+    spans: Mapping[str, tuple[int, int]]
+    nbytes: int
+
+
+def plan_shards(layout: Mapping[str, Tensor], shard_bytes: int) -> list[ShardPlan]:
+    """Divide tensors, in their order, into files of at most `shard_bytes` (a larger tensor gets a file of its own).
+
+    Args:
+        layout: canonical name -> tensor on the meta device, plain or of a class that torchao can flatten.
+    """
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in layout.items():
+        nbytes = stored_bytes(name, tensor)
+        if parts[-1] and size + nbytes > shard_bytes:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensor
+        size += nbytes
+    return [_plan(f"model-{n:05d}-of-{len(parts):05d}.safetensors", part) for n, part in enumerate(parts, start=1)]
+
+
+def stored_bytes(name: str, tensor: Tensor) -> int:
+    """Return the bytes that a tensor's data takes in a checkpoint."""
+    return sum(piece.nbytes for piece in flatten_tensor_state_dict({name: tensor})[0].values())
+
+
+def shard_index(plans: list[ShardPlan], weight_bytes: int) -> dict[str, object]:
+    """Return Hugging Face's `model.safetensors.index.json`: which file holds which key."""
+    weight_map = {key: plan.file for plan in plans for pieces in plan.tensors.values() for key in pieces.values()}
+    return {"metadata": {"total_size": weight_bytes}, "weight_map": weight_map}
+
+
+def _plan(file: str, tensors: Mapping[str, Tensor]) -> ShardPlan:
+    pieces, metadata = flatten_tensor_state_dict(dict(tensors))
+    # Wide types first, as the safetensors library orders them: every piece then starts at a multiple of its item size.
+    keys = sorted(pieces, key=lambda key: -pieces[key].itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    spans, position = {}, 0
+    for key in keys:
+        piece = pieces[key]
+        end = position + piece.nbytes
+        spans[key] = (position, end)
+        header[key] = {"dtype": _DTYPES[piece.dtype], "shape": list(piece.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return ShardPlan(
+        file,
+        len(text).to_bytes(8, "little") + text,
+        {name: _keys(name, metadata) for name in tensors},
+        {key: (start + begin, start + end) for key, (begin, end) in spans.items()},
+        start + position,
+    )
+
+
+def _keys(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return attribute -> key, following torchao's naming `module._weight_attribute`."""
+    attributes = json.loads(metadata[name]).get("_tensor_data_names")
+    if attributes is None:
+        return {"": name}
+    module, _, weight = name.rpartition(".")
+    return {attribute: f"{module}._{weight}_{attribute}" for attribute in attributes}
+
+
+class ShardWriter:
+    """Writes one planned shard; as a context manager it leaves nothing open when something fails."""
+
+    def __init__(self, folder: Path, plan: ShardPlan) -> None:
+        self._plan = plan
+        self._path = folder / plan.file
+        self._partial = folder / f"{plan.file}.partial"
+        self._missing = set(plan.spans)
+        self._file = os.open(self._partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+        try:
+            self._write(memoryview(plan.header), 0)
+        except OSError:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; its pieces must have the planned shapes and dtypes."""
+        for attribute, key in self._plan.tensors[name].items():
+            piece = getattr(tensor, attribute) if attribute else tensor
+            data = memoryview(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            start, end = self._plan.spans[key]
+            assert data.nbytes == end - start, f"{key} has {data.nbytes} bytes, planned were {end - start}"
+            self._write(data, start)
+            self._missing.remove(key)
+
+    def finish(self) -> Path:
+        """Make the shard durable and give it its final name."""
+        assert not self._missing, f"{self._plan.file} lacks {sorted(self._missing)}"
+        os.fsync(self._file)
+        os.replace(self._partial, self._path)
+        return self._path
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        # One call writes at most 2 GiB, and less when the disk fills up.
+        while data:
+            written = os.pwrite(self._file, data, offset)
+            data, offset = data[written:], offset + written
