@@ -26,15 +26,6 @@ _PINNED = ("torch", "torchao", "executorch", "triton", "tokenizers", "safetensor
 _EXIT_BUG = 70
 _EXIT_INTERRUPTED = 130
 
-app = typer.Typer(
-    name="g4",
-    add_completion=True,
-    invoke_without_command=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
-)
-
 
 def _print_versions(wanted: bool) -> None:
     if not wanted:
@@ -49,11 +40,19 @@ def _print_versions(wanted: bool) -> None:
     raise typer.Exit
 
 
-@app.callback()
+def _print_help(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
 def g4(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Show the versions of all parts.")
+    ] = False,
+    help: Annotated[
+        bool, typer.Option("--help", "-h", callback=_print_help, is_eager=True, help="Show this message and exit.")
     ] = False,
 ) -> None:
     """Gemma 4 on your own machine: pull, quantize, export to ExecuTorch, run."""
@@ -67,15 +66,26 @@ def _examples(examples: Sequence[tuple[str, str]]) -> str:
     return "\n\n".join(["Examples:", *(f"\b\n# {what}\n{command}" for what, command in examples)])
 
 
-def _register() -> None:
+def build_app(*, completion: bool = True) -> typer.Typer:
+    """Assemble the command line.
+
+    Typer imports pydantic (100 ms) to coerce a value that is not there, such as that of its own --help and completion
+    options of the top level. So --help is ours there, and completion is left out where it cannot be meant.
+    """
+    app = typer.Typer(
+        name="g4",
+        add_completion=completion,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+    )
+    app.callback(invoke_without_command=True, add_help_option=False)(g4)
     for name in _COMMANDS:
         if importlib.util.find_spec(f"gemma4cli.commands.{name}") is None:
             continue
         module = importlib.import_module(f"gemma4cli.commands.{name}")
         app.command(name.replace("_", "-"), epilog=_examples(module.EXAMPLES))(getattr(module, name))
-
-
-_register()
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _repair_streams()
     console.reset_console()
     try:
+        app = build_app(completion=not arguments or arguments[0].startswith("-"))
         code = app(args=arguments, prog_name="g4", standalone_mode=False) or 0
         sys.stdout.flush()
         return code
@@ -119,8 +130,12 @@ def _explain(error: Exception) -> G4Error | None:
         return error
     if isinstance(error, typer.TyperException):
         usage = getattr(error, "ctx", None)
-        hint = f"See {usage.command_path} --help." if usage is not None else None
-        return G4Error(error.format_message().rstrip(".") + ".", hint=hint, exit_code=error.exit_code)
+        message = error.format_message().replace("Value error, ", "")  # pydantic's prefix
+        return G4Error(
+            message if message.endswith((".", "?")) else f"{message}.",
+            hint=f"See {usage.command_path} --help." if usage is not None else None,
+            exit_code=error.exit_code,
+        )
     if isinstance(error, OSError):
         return _explain_os_error(error)
     torch = sys.modules.get("torch")

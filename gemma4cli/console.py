@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,14 @@ class Console:
     def warn(self, message: str) -> None:
         """Say what the user should know although the command goes on."""
         self._say(f"warning: {message}")
+
+    def report(self, message: str) -> None:
+        """Say what the user asked for explicitly (--stats), on stderr in every mode."""
+        self._say(message)
+
+    def allows_style(self, stream: TextIO) -> bool:
+        """Whether escape codes may go to a stream: a capable terminal, and no NO_COLOR."""
+        return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
     def next(self, command: str) -> None:
         """Name the command that usually follows."""
