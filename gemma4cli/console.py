@@ -181,7 +181,7 @@ class _Meter:
     total: int | None
     unit: str
     done: int = 0
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def elapsed_s(self) -> float:
