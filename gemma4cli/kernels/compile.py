@@ -1,0 +1,94 @@
+"""Compile a Triton kernel for a target without a GPU, and read what the machine code needs.
+
+`ptxas` and `cuobjdump` ship inside Triton's package; nothing is launched and no driver is needed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gemma4cli.kernels.targets import Target
+
+
+@dataclass(frozen=True)
+class KernelCode:
+    """One kernel compiled for one target.
+
+    Attributes:
+        shared_bytes: dynamic and static shared memory of a block.
+        registers: per thread.
+        local_bytes: per thread; anything above 0 is spilled registers or an array in local memory.
+    """
+
+    name: str
+    target: str
+    ptx: str
+    cubin: bytes
+    shared_bytes: int
+    registers: int
+    local_bytes: int
+
+
+def compile_kernel(
+    kernel: triton.JITFunction,
+    arguments: Mapping[str, Any],
+    target: Target,
+    *,
+    num_warps: int,
+    num_stages: int,
+) -> KernelCode:
+    """Compile `kernel` for `target`.
+
+    Args:
+        arguments: every parameter by name: a Triton type ("*bf16", "*i8", "i32") for a run-time argument, any other value
+            for a constexpr one. Pointers are taken as 16-byte aligned, as PyTorch allocates them.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        else:
+            signature[parameter.name] = value
+            if value.startswith("*"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target.arch, target.warp_size), options=options)
+    registers, local_bytes = _resource_usage(compiled.asm["cubin"])
+    return KernelCode(
+        name=compiled.metadata.name,
+        target=target.name,
+        ptx=compiled.asm["ptx"],
+        cubin=compiled.asm["cubin"],
+        shared_bytes=compiled.metadata.shared,
+        registers=registers,
+        local_bytes=local_bytes,
+    )
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Return (registers, local memory bytes) per thread of a cubin with one kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    if match is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {report[:200]!r}")
+    registers, stack, local = (int(group) for group in match.groups())
+    return registers, stack + local

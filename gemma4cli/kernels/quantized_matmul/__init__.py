@@ -1,0 +1,107 @@
+"""Activations times a low-bit weight: `g4::quantized_matmul`, for every M from a decoded token to a prefill chunk.
+
+One op whatever the bits: the format travels as three integers, so a graph says what it multiplies with. On a GPU, M = 1
+takes the int8-activation matrix-vector kernel (``decode``), anything else the tensor-core kernel (``prefill``); on a CPU
+both take the reference, so that exported graphs run without a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from gemma4cli.kernels.quantized_matmul import decode, prefill, reference
+from gemma4cli.kernels.quantized_matmul.configs import QUANTIZE_ROWS_GROUPS, matmul_config, matvec_config
+from gemma4cli.kernels.quantized_matmul.format import PackedWeight, WeightFormat
+from gemma4cli.kernels.targets import current_target
+
+
+def matmul(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Multiply x [M, K] by a packed weight [N, K] transposed; returns [M, N] in x's dtype.
+
+    With M = 1 the activations are rounded to int8 in groups of 32 (reference.quantize_activations).
+    """
+    fmt = weight.format
+    return quantized_matmul(
+        x, weight.codes, weight.high, weight.sub, weight.step, fmt.bits, fmt.group_size, fmt.has_min
+    )
+
+
+@triton_op("g4::quantized_matmul", mutates_args={})
+def quantized_matmul(
+    x: Tensor, codes: Tensor, high: Tensor | None, sub: Tensor, step: Tensor, bits: int, group_size: int, has_min: bool
+) -> Tensor:
+    """x [M, K] bf16; codes, high, sub, step as in format.py. Returns [M, N] in x's dtype."""
+    if x.shape[0] == 1:
+        return _decode(x, codes, high, sub, step, bits, group_size, has_min)
+    return _prefill(x, codes, high, sub, step, bits, group_size, has_min)
+
+
+def _decode(
+    x: Tensor, codes: Tensor, high: Tensor | None, sub: Tensor, step: Tensor, bits: int, group_size: int, has_min: bool
+) -> Tensor:
+    m, k = x.shape
+    n = codes.shape[0]
+    config = matvec_config(current_target())
+    xq = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    scale = torch.empty((m, k // 32), dtype=torch.float32, device=x.device)
+    total = torch.empty_like(scale)
+    rows_grid = (triton.cdiv(k // 32, QUANTIZE_ROWS_GROUPS), m)
+    wrap_triton(decode.quantize_rows)[rows_grid](x, xq, scale, total, K=k, BLOCK_G=QUANTIZE_ROWS_GROUPS, num_warps=4)
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(n, config.block_n), m)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    words = xq.view(torch.int32)
+    if bits == 8:
+        wrap_triton(decode.matvec_int8)[grid](
+            codes,
+            sub,
+            step,
+            words,
+            scale,
+            y,
+            n,
+            K=k,
+            BLOCK_N=config.block_n,
+            BLOCK_G=config.block_k,
+            DP4A=True,
+            **options,
+        )
+    else:
+        wrap_triton(decode.matvec)[grid](
+            codes, codes if high is None else high, sub, step, words, scale, total, y, n,
+            K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min,
+            BLOCK_N=config.block_n, BLOCK_B=config.block_k, DP4A=True, **options,
+        )  # fmt: skip
+    return y
+
+
+def _prefill(
+    x: Tensor, codes: Tensor, high: Tensor | None, sub: Tensor, step: Tensor, bits: int, group_size: int, has_min: bool
+) -> Tensor:
+    m, k = x.shape
+    n = codes.shape[0]
+    config = matmul_config(current_target())
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m),)
+    code_bytes = codes.view(torch.uint8)
+    high_bytes = code_bytes if high is None else high.view(torch.uint8)
+    wrap_triton(prefill.matmul)[grid](
+        code_bytes, high_bytes, sub, step, x, y, m, n,
+        K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min,
+        BLOCK_N=config.block_n, BLOCK_M=config.block_m, GROUP_M=config.group_m, DOT=tl.bfloat16,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y
+
+
+@quantized_matmul.register_kernel("cpu")
+def _cpu(
+    x: Tensor, codes: Tensor, high: Tensor | None, sub: Tensor, step: Tensor, bits: int, group_size: int, has_min: bool
+) -> Tensor:
+    weight = PackedWeight(WeightFormat(bits, group_size, has_min), (codes.shape[0], x.shape[1]), codes, high, sub, step)
+    product = reference.matmul_int8 if x.shape[0] == 1 else reference.matmul
+    return product(x, weight).to(x.dtype)

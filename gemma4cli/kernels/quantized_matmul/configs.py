@@ -1,0 +1,55 @@
+"""Launch configurations of the low-bit matmul kernels, per target.
+
+sm_90 is recorded from bench/tune_matmul.py on an H200 (bench/results/matmul-h200.json). The others are not measured:
+they take the sm_90 choice where ptxas reports no spills and the shared memory fits the target, else the next smaller
+tile (tests/kernels/test_quantized_matmul.py compiles every entry for its target and holds it to that).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemma4cli.kernels.targets import Target
+
+
+@dataclass(frozen=True)
+class MatvecConfig:
+    """Rows and 64-wide blocks (32-wide groups for 8-bit weights) that a program holds at a time."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """Tile of the prefill product and its launch parameters."""
+
+    block_n: int
+    block_m: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+MATVEC: dict[str, MatvecConfig] = {
+    "sm_80": MatvecConfig(2, 16, 1, 2),
+    "sm_90": MatvecConfig(2, 16, 1, 2),
+    "sm_120": MatvecConfig(2, 16, 1, 2),
+}
+MATMUL: dict[str, MatmulConfig] = {
+    "sm_80": MatmulConfig(128, 128, 8, 8, 3),
+    "sm_90": MatmulConfig(64, 256, 8, 4, 3),
+    "sm_120": MatmulConfig(128, 128, 8, 8, 2),
+}
+# Activation groups of 32 that one program of ``quantize_rows`` handles.
+QUANTIZE_ROWS_GROUPS = 8
+
+
+def matvec_config(target: Target) -> MatvecConfig:
+    return MATVEC[target.name]
+
+
+def matmul_config(target: Target) -> MatmulConfig:
+    return MATMUL[target.name]

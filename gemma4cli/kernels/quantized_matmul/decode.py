@@ -1,0 +1,186 @@
+"""Low-bit weight times a few int8 activation rows: the memory-bound product of decoding.
+
+One program owns BLOCK_N rows of the weight and walks K in steps of BLOCK_B 64-wide blocks. Codes are read as 32-bit words
+and multiplied with `dp4a` (four int8 products a lane); each group's integer sum meets its scales once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def quantize_rows(x_ptr, xq_ptr, scale_ptr, total_ptr, K: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Write reference.quantize_activations of row `program_id(1)`; BLOCK_G groups of 32 per program."""
+    row = tl.program_id(1).to(tl.int64)
+    groups: tl.constexpr = K // 32
+    group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    inside = group < groups
+    k = group[:, None] * 32 + tl.arange(0, 32)[None, :]  # [BLOCK_G, 32]
+    x = tl.load(x_ptr + row * K + k, mask=inside[:, None], other=0.0).to(tl.float32)
+    scale = tl.max(tl.abs(x), axis=1) / 127.0
+    inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
+    scaled = x * inverse[:, None]
+    # Half to even, as torch.round: adding and subtracting 1.5 * 2^23 leaves the nearest integer of |scaled| <= 127.
+    xq = (scaled + 12582912.0) - 12582912.0
+    tl.store(xq_ptr + row * K + k, xq.to(tl.int8), mask=inside[:, None])
+    tl.store(scale_ptr + row * groups + group, scale, mask=inside)
+    tl.store(total_ptr + row * groups + group, scale * tl.sum(xq, axis=1), mask=inside)
+
+
+@triton.jit
+def _dot4(a, b, DP4A: tl.constexpr):
+    """Sum of the four products of the signed bytes of two int32 tensors."""
+    if DP4A:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:  # Triton's interpreter has no inline assembly
+        total = ((a << 24) >> 24) * ((b << 24) >> 24)
+        total += ((a << 16) >> 24) * ((b << 16) >> 24)
+        total += ((a << 8) >> 24) * ((b << 8) >> 24)
+        return total + (a >> 24) * (b >> 24)
+
+
+@triton.jit
+def _signed_bytes(code, ZERO: tl.constexpr):
+    """Subtract ZERO from each byte of a word of codes below 128, without borrows between bytes."""
+    zeros: tl.constexpr = ZERO * 0x01010101
+    top: tl.constexpr = -2139062144  # 0x80808080
+    return ((code | top) - zeros) ^ top
+
+
+@triton.jit
+def matvec(
+    codes_ptr,
+    high_ptr,
+    sub_ptr,
+    step_ptr,
+    xq_ptr,
+    scale_ptr,
+    total_ptr,
+    y_ptr,
+    N,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_MIN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    DP4A: tl.constexpr,
+):
+    """y [M, N] = x [M, K] times a 4- or 6-bit weight [N, K] transposed; x as xq, scale, total of ``quantize_rows``.
+
+    xq is read as int32 [M, K / 4], sub as int8, step as float16; see format.py for the layout. Rows of x are one axis of
+    the grid: with more than one, the weight comes from the L2 after the first.
+    """
+    m = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_in = rows < N
+    row = tl.where(row_in, rows, 0).to(tl.int64)
+    blocks: tl.constexpr = K // 64
+    steps: tl.constexpr = (K + 255) // 256
+    WORDS: tl.constexpr = BLOCK_B * 8
+    PER: tl.constexpr = 32 // GROUP  # weight groups in one 32-wide half
+    LEVELS: tl.constexpr = 2 if HAS_MIN else 1
+    part = tl.arange(0, PER)
+    acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    for b0 in range(0, blocks, BLOCK_B):
+        word = tl.arange(0, WORDS)
+        block_of_word = b0 + word // 8
+        word_in = block_of_word < blocks
+        load_in = row_in[:, None] & word_in[None, :]
+        w = tl.load(codes_ptr + row[:, None] * (K // 8) + b0 * 8 + word[None, :], mask=load_in, other=0)
+        first = w & 0x0F0F0F0F
+        second = (w >> 4) & 0x0F0F0F0F
+        if BITS == 6:
+            h = tl.load(
+                high_ptr + row[:, None] * (K // 16) + (block_of_word // 2 * 8 + word % 8)[None, :],
+                mask=load_in,
+                other=0,
+            )
+            h = h >> (block_of_word % 2 * 4)[None, :]
+            first = first | ((h & 0x03030303) << 4)
+            second = second | (((h >> 2) & 0x03030303) << 4)
+        if not HAS_MIN:
+            first = _signed_bytes(first, 1 << (BITS - 1))
+            second = _signed_bytes(second, 1 << (BITS - 1))
+        block = b0 + tl.arange(0, BLOCK_B)
+        block_in = block < blocks
+        scale_in = row_in[:, None] & block_in[None, :]
+        step = tl.load(step_ptr + (row[:, None] * steps + (block // 4)[None, :]) * LEVELS, mask=scale_in, other=0.0).to(
+            tl.float32
+        )  # [BLOCK_N, BLOCK_B]
+        group = row[:, None, None] * (K // GROUP) + (block * 2 * PER)[None, :, None] + part[None, None, :]
+        group_in = scale_in[:, :, None]
+        first_scale = tl.load(sub_ptr + group * LEVELS, mask=group_in, other=0).to(tl.float32)
+        second_scale = tl.load(sub_ptr + (group + PER) * LEVELS, mask=group_in, other=0).to(tl.float32)
+        if HAS_MIN:
+            step_min = tl.load(
+                step_ptr + (row[:, None] * steps + (block // 4)[None, :]) * 2 + 1, mask=scale_in, other=0.0
+            ).to(tl.float32)
+            first_min = tl.load(sub_ptr + group * 2 + 1, mask=group_in, other=0).to(tl.float32)
+            second_min = tl.load(sub_ptr + (group + PER) * 2 + 1, mask=group_in, other=0).to(tl.float32)
+        x_word = m * (K // 4) + block_of_word * 16 + word % 8
+        x_first = tl.load(xq_ptr + x_word, mask=word_in, other=0)
+        x_second = tl.load(xq_ptr + x_word + 8, mask=word_in, other=0)
+        dot_first = _dot4(first, tl.broadcast_to(x_first[None, :], [BLOCK_N, WORDS]), DP4A)
+        dot_second = _dot4(second, tl.broadcast_to(x_second[None, :], [BLOCK_N, WORDS]), DP4A)
+        dot_first = tl.sum(tl.reshape(dot_first, [BLOCK_N, BLOCK_B, PER, 8 // PER]), axis=3).to(tl.float32)
+        dot_second = tl.sum(tl.reshape(dot_second, [BLOCK_N, BLOCK_B, PER, 8 // PER]), axis=3).to(tl.float32)
+        x_group = m * (K // 32) + block * 2
+        scale_first = tl.load(scale_ptr + x_group, mask=block_in, other=0.0)
+        scale_second = tl.load(scale_ptr + x_group + 1, mask=block_in, other=0.0)
+        sums = tl.sum(dot_first * first_scale, axis=2) * scale_first[None, :]
+        sums += tl.sum(dot_second * second_scale, axis=2) * scale_second[None, :]
+        acc += sums * step
+        if HAS_MIN:
+            total_first = tl.load(total_ptr + x_group, mask=block_in, other=0.0)
+            total_second = tl.load(total_ptr + x_group + 1, mask=block_in, other=0.0)
+            lows = tl.sum(first_min, axis=2) * total_first[None, :]
+            lows += tl.sum(second_min, axis=2) * total_second[None, :]
+            acc -= lows * step_min
+    tl.store(y_ptr + m * N + rows, tl.sum(acc, axis=1).to(y_ptr.dtype.element_ty), mask=row_in)
+
+
+@triton.jit
+def matvec_int8(
+    codes_ptr,
+    sub_ptr,
+    step_ptr,
+    xq_ptr,
+    scale_ptr,
+    y_ptr,
+    N,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    DP4A: tl.constexpr,
+):
+    """``matvec`` for 8-bit weights: codes int32 [N, K / 4], groups of 32, BLOCK_G groups per step."""
+    m = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_in = rows < N
+    row = tl.where(row_in, rows, 0).to(tl.int64)
+    groups: tl.constexpr = K // 32
+    steps: tl.constexpr = (K + 255) // 256
+    WORDS: tl.constexpr = BLOCK_G * 8
+    acc = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
+    for g0 in range(0, groups, BLOCK_G):
+        word = g0 * 8 + tl.arange(0, WORDS)
+        word_in = word < groups * 8
+        w = tl.load(
+            codes_ptr + row[:, None] * (K // 4) + word[None, :], mask=row_in[:, None] & word_in[None, :], other=0
+        )
+        x = tl.load(xq_ptr + m * (K // 4) + word, mask=word_in, other=0)
+        dot = _dot4(w, tl.broadcast_to(x[None, :], [BLOCK_N, WORDS]), DP4A)
+        dot = tl.sum(tl.reshape(dot, [BLOCK_N, BLOCK_G, 8]), axis=2).to(tl.float32)
+        group = g0 + tl.arange(0, BLOCK_G)
+        group_in = group < groups
+        scale_in = row_in[:, None] & group_in[None, :]
+        sub = tl.load(sub_ptr + row[:, None] * groups + group[None, :], mask=scale_in, other=0).to(tl.float32)
+        step = tl.load(step_ptr + row[:, None] * steps + (group // 8)[None, :], mask=scale_in, other=0.0).to(tl.float32)
+        x_scale = tl.load(scale_ptr + m * groups + group, mask=group_in, other=0.0)
+        acc += dot * (sub * step * x_scale[None, :])
+    tl.store(y_ptr + m * N + rows, tl.sum(acc, axis=1).to(y_ptr.dtype.element_ty), mask=row_in)

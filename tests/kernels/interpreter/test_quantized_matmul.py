@@ -1,0 +1,80 @@
+"""The low-bit matmul kernels against their reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from gemma4cli.kernels.quantized_matmul import decode, prefill, reference
+from gemma4cli.kernels.quantized_matmul.format import PackedWeight
+from tests.support.packed_weights import FORMATS, random_weight, relative_error
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 128), (3, 352), (2, 5376)])
+def test_quantize_rows_equals_the_reference(m: int, k: int) -> None:
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(k)).bfloat16()
+    x[0, :32] = 0
+    xq = torch.full((m, k), 99, dtype=torch.int8)
+    scale, total = torch.full((m, k // 32), torch.nan), torch.full((m, k // 32), torch.nan)
+    decode.quantize_rows[(triton.cdiv(k // 32, 8), m)](x, xq, scale, total, k, 8)
+    expected_xq, expected_scale, expected_total = reference.quantize_activations(x)
+    assert torch.equal(xq, expected_xq)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, expected_total, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "has_min"), FORMATS)
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 128, 1), (35, 384, 1), (6, 1152, 3)])
+def test_matvec_equals_the_reference(bits: int, group_size: int, has_min: bool, n: int, k: int, m: int) -> None:
+    weight, _, _ = random_weight(bits, group_size, has_min, n, k)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(n))
+    xq, scale, total = reference.quantize_activations(x)
+    y = torch.full((m, n), torch.nan)
+    words, grid = xq.view(torch.int32), (triton.cdiv(n, 4), m)
+    if bits == 8:
+        decode.matvec_int8[grid](weight.codes, weight.sub, weight.step, words, scale, y, n, k, 4, 8, False)
+    else:
+        high = weight.codes if weight.high is None else weight.high
+        decode.matvec[grid](
+            weight.codes, high, weight.sub, weight.step, words, scale, total, y, n, k, bits, group_size, has_min, 4, 4, False
+        )  # fmt: skip
+    assert relative_error(y, reference.matmul_int8(x, weight)) < 2e-6  # float32 sums in another order
+
+
+@pytest.mark.parametrize(("bits", "group_size", "has_min"), FORMATS)
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 17, 128), (33, 40, 384)])
+def test_prefill_equals_the_reference(bits: int, group_size: int, has_min: bool, m: int, n: int, k: int) -> None:
+    weight, _, _ = random_weight(bits, group_size, has_min, n, k)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+    y = torch.full((m, n), torch.nan)
+    codes = weight.codes.view(torch.uint8)
+    high = codes if weight.high is None else weight.high.view(torch.uint8)
+    grid = (triton.cdiv(n, 16) * triton.cdiv(m, 16),)
+    prefill.matmul[grid](
+        codes, high, weight.sub, weight.step, x, y, m, n, k, bits, group_size, has_min, 16, 16, 8, tl.float32
+    )  # fmt: skip
+    assert relative_error(y, reference.matmul(x, weight)) < 2e-6
+
+
+def test_fused_rows_are_bit_exact() -> None:
+    """Gate and up (or q, k, v) stacked along N give exactly what they give apart: rows do not meet."""
+    first, _, _ = random_weight(4, 32, True, 12, 256)
+    second, _, _ = random_weight(4, 32, True, 20, 256)
+    fused = PackedWeight(
+        first.format, (32, 256), *(None if a is None else torch.cat([a, b]) for a, b in (
+            (first.codes, second.codes), (first.high, second.high), (first.sub, second.sub), (first.step, second.step)
+        ))
+    )  # fmt: skip
+    xq, scale, total = reference.quantize_activations(torch.randn(1, 256, generator=torch.Generator().manual_seed(1)))
+
+    def run(weight: PackedWeight) -> torch.Tensor:
+        y = torch.full((1, weight.shape[0]), torch.nan)
+        decode.matvec[(triton.cdiv(weight.shape[0], 4), 1)](
+            weight.codes, weight.codes, weight.sub, weight.step, xq.view(torch.int32), scale, total, y, weight.shape[0],
+            256, 4, 32, True, 4, 4, False,
+        )  # fmt: skip
+        return y
+
+    assert torch.equal(run(fused), torch.cat([run(first), run(second)], dim=1))
