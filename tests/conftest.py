@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,7 +31,7 @@ def workspace_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def g4(capfd: Any) -> Callable[..., Outcome]:
+def g4(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run a command line in this process."""
 
     def run(*arguments: str | Path) -> Outcome:

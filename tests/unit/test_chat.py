@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -99,7 +98,7 @@ def test_no_bos_when_the_model_has_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", ["T:{{ messages[0].content }}", [{"name": "default", "template": "T:Hi"}]])
-def test_the_template_may_live_in_tokenizer_config(tmp_path: Path, inside: Any) -> None:
+def test_the_template_may_live_in_tokenizer_config(tmp_path: Path, inside: object) -> None:
     folder = make_chat_folder(tmp_path / "m", chat_template=inside)
     (folder / "chat_template.jinja").unlink()
     chat = Chat.from_dir(folder)
@@ -241,7 +240,7 @@ def test_pieces_stream_as_they_become_certain(chat: Chat) -> None:
 
 
 def test_half_a_character_at_the_end_of_a_channel_stays_in_it(chat: Chat) -> None:
-    half = ids_of(chat, "<|channel>t\nx") + [chat.tokenizer.token_id("<0xE2>")] + ids_of(chat, "<channel|>y")
+    half = [*ids_of(chat, "<|channel>t\nx"), chat.tokenizer.token_id("<0xE2>"), *ids_of(chat, "<channel|>y")]
     assert split_text(chat, [], half) == ("x�", "y")  # type: ignore[arg-type]
 
 

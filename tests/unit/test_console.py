@@ -6,7 +6,7 @@ import io
 import json
 import os
 import pty
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
@@ -126,7 +126,7 @@ def test_quiet_progress_says_nothing() -> None:
     assert out.getvalue() + err.getvalue() == ""
 
 
-def on_terminal(action: Any) -> str:
+def on_terminal(action: Callable[[Console], object]) -> str:
     """Run `action(console)` with stderr on a pseudo terminal; return what the terminal got."""
     leader, follower = pty.openpty()
     with open(follower, "w", encoding="utf-8") as stream:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
@@ -20,6 +20,7 @@ TOKENIZER = Tokenizer.from_dir(DEMO)
 LIBRARY = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
 # "▁" is how the vocabulary writes a space, so a text that contains it cannot come back as it was.
 ANY_TEXT = st.text().map(lambda text: text.replace("▁", ""))
+Change = Callable[[dict[str, object]], object]
 BYTES = st.binary(max_size=12)
 
 
@@ -104,7 +105,7 @@ def test_the_vocabulary_must_hold_every_id() -> None:
         TOKENIZER.check_vocabulary(Config(TOKENIZER.size - 1))
 
 
-def write(folder: Path, change: Any) -> Path:
+def write(folder: Path, change: Change) -> Path:
     document = json.loads((DEMO / "tokenizer.json").read_bytes())
     (folder / "tokenizer.json").write_text(json.dumps(change(document)))
     return folder
@@ -123,7 +124,7 @@ def write(folder: Path, change: Any) -> Path:
         ),
     ],
 )
-def test_a_foreign_or_damaged_file_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+def test_a_foreign_or_damaged_file_is_refused(tmp_path: Path, change: Change, message: str) -> None:
     with pytest.raises(G4Error, match=message) as caught:
         Tokenizer.from_dir(write(tmp_path, change))
     assert "tokenizer.json" in str(caught.value)

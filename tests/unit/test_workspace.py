@@ -125,7 +125,7 @@ def test_a_name_cannot_leave_the_workspace(workspace: Workspace, said: list[str]
 def test_a_damaged_state_file_is_said(workspace: Workspace, content: bytes) -> None:
     workspace.root.mkdir()
     workspace.state_file.write_bytes(content)
-    with pytest.raises(G4Error, match="state.json is damaged") as caught:
+    with pytest.raises(G4Error, match=r"state\.json is damaged") as caught:
         workspace.last("model")
     assert "Delete it" in str(caught.value.hint)
 
