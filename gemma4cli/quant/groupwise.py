@@ -30,6 +30,10 @@ class Quantized:
     scale: Tensor
     zero_point: Tensor
 
+    def to(self, device: str) -> Quantized:
+        """Move all three."""
+        return Quantized(self.codes.to(device), self.scale.to(device), self.zero_point.to(device))
+
     def dequantize(self) -> Tensor:
         """Return scale * (code - zero_point), [N, K] float32."""
         rows, columns = self.codes.shape

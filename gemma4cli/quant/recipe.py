@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
@@ -153,30 +153,35 @@ class Recipe:
     tie: bool
     rules: tuple[Rule, ...]
 
-    def assign(self, config: Gemma4Config) -> list[Assignment]:
+    def assign(self, config: Gemma4Config, *, separate_head: bool) -> list[Assignment]:
         """Decide about every tensor of a model, in the model's order.
+
+        Args:
+            separate_head: the checkpoint has an `lm_head.weight` of its own; otherwise the embedding plays its role.
 
         Raises: G4Error naming the tensor that no rule matches, or that the deciding rule cannot quantize.
         """
-        shapes = config.parameter_shapes()
-        if self.tie and not config.tie_word_embeddings:
+        if self.tie and separate_head:
             raise G4Error(
                 f"Recipe {self.name} says tie = true, but this model's {LM_HEAD} is not its embedding.",
                 hint="Remove `tie` from the recipe and give lm_head a rule.",
             )
-        assignments = [self._assign(name, name, shape, config) for name, shape in shapes.items()]
-        if config.tie_word_embeddings and not self.tie:
-            embedding = assignments[list(shapes).index(EMBEDDING)]
-            head = self._assign(LM_HEAD, EMBEDDING, embedding.shape, config)
-            if head.spec != embedding.spec:
-                assignments.append(head)
-        return assignments
+        shapes = config.parameter_shapes()
+        shapes[LM_HEAD] = shapes[EMBEDDING]
+        if self.tie:
+            del shapes[LM_HEAD]
+        assignments = {name: self._assign(name, shape, config) for name, shape in shapes.items()}
+        if not separate_head and not self.tie:
+            head = assignments.pop(LM_HEAD)
+            if head.spec != assignments[EMBEDDING].spec:
+                assignments[LM_HEAD] = replace(head, source=EMBEDDING)
+        return list(assignments.values())
 
     def unused_rules(self, assignments: list[Assignment]) -> list[int]:
         """Return the numbers of the rules that decided about nothing."""
         return sorted(set(range(1, len(self.rules) + 1)) - {assignment.rule for assignment in assignments})
 
-    def _assign(self, name: str, source: str, shape: tuple[int, ...], config: Gemma4Config) -> Assignment:
+    def _assign(self, name: str, shape: tuple[int, ...], config: Gemma4Config) -> Assignment:
         for number, rule in enumerate(self.rules, start=1):
             if not rule.matches(name, config):
                 continue
@@ -186,7 +191,7 @@ class Recipe:
                     f"Recipe {self.name}, rule {number} ({rule.describe()}) cannot quantize {name}: {problem}.",
                     hint="Give this tensor a rule of its own before that one.",
                 )
-            return Assignment(name, source, shape, number, rule.spec)
+            return Assignment(name, name, shape, number, rule.spec)
         raise G4Error(
             f"Recipe {self.name} has no rule for {name}.",
             hint="Add a rule for it; `keep = true` leaves a tensor as it is.",

@@ -51,6 +51,10 @@ class ShardPlan:
     spans: Mapping[str, tuple[int, int]]
     nbytes: int
 
+    @property
+    def data_bytes(self) -> int:
+        return self.nbytes - len(self.header)
+
 
 def plan_shards(layout: Mapping[str, Tensor], shard_bytes: int) -> list[ShardPlan]:
     """Divide tensors, in their order, into files of at most `shard_bytes` (a larger tensor gets a file of its own).
@@ -75,10 +79,10 @@ def stored_bytes(name: str, tensor: Tensor) -> int:
     return sum(piece.nbytes for piece in flatten_tensor_state_dict({name: tensor})[0].values())
 
 
-def shard_index(plans: list[ShardPlan], weight_bytes: int) -> dict[str, object]:
+def shard_index(plans: list[ShardPlan]) -> dict[str, object]:
     """Return Hugging Face's `model.safetensors.index.json`: which file holds which key."""
     weight_map = {key: plan.file for plan in plans for pieces in plan.tensors.values() for key in pieces.values()}
-    return {"metadata": {"total_size": weight_bytes}, "weight_map": weight_map}
+    return {"metadata": {"total_size": sum(plan.data_bytes for plan in plans)}, "weight_map": weight_map}
 
 
 def _plan(file: str, tensors: Mapping[str, Tensor]) -> ShardPlan:

@@ -1,0 +1,341 @@
+"""Every kind of checkpoint behind one door, and the one writer of quantized ones.
+
+A quantized checkpoint is a folder: `model-00001-of-000NN.safetensors` shards of torchao tensors with
+`model.safetensors.index.json`, the model's own `config.json`, tokenizer, chat template and generation config byte for
+byte, and the `g4.json` manifest.
+
+What is checked when one is opened: the manifest and its version, every file's presence and size, the SHA-256 of
+everything but the shards, the shards' headers and the list of tensors against the config. The shards' own SHA-256 is
+compared when all of them together are below 1 GiB, or when the caller asks (`verify=True`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gemma4cli.errors import G4Error
+from gemma4cli.files import (
+    atomic_directory,
+    empty_directory,
+    require_free_space,
+    sha256_file,
+    write_json,
+)
+from gemma4cli.model.config import Gemma4Config
+from gemma4cli.model.weights import LM_HEAD, CheckpointReader, SafetensorsReader, expected_shapes
+from gemma4cli.progress import SILENT, Progress, Task
+from gemma4cli.quant.manifest import MANIFEST_FILE, CheckpointManifest, FileRecord, ManifestHead, TensorRecord
+from gemma4cli.quant.shards import ShardPlan, ShardWriter, plan_shards, shard_index
+from gemma4cli.quant.torchao_types import unflatten_tensor_state_dict
+
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_BYTES = 4_000_000_000
+ALWAYS_VERIFIED_BYTES = 1 << 30
+
+_GGUF_MAGIC = b"GGUF"
+_AGAIN = "Quantize again, or copy the folder again."
+
+
+class Checkpoint(CheckpointReader, Protocol):
+    """What quantizing and exporting need of a checkpoint beyond its tensors."""
+
+    is_quantized: bool
+    manifest: CheckpointManifest | None
+
+
+def open_checkpoint(path: Path, progress: Progress = SILENT, *, verify: bool = False) -> Checkpoint:
+    """Open a plain Hugging Face folder or a quantized checkpoint.
+
+    Args:
+        verify: compare the SHA-256 of a quantized checkpoint's shards whatever their size.
+
+    Raises: G4Error when there is nothing, something else, or something damaged at `path`.
+    """
+    if not path.exists():
+        raise G4Error(f"{path} does not exist.", hint="Check the path, or get a model with g4 pull.")
+    if path.is_file():
+        if _starts_with(path, _GGUF_MAGIC):
+            raise G4Error(f"{path} is a GGUF file.", hint=f"Convert it first: g4 convert-gguf {path}")
+        raise G4Error(f"{path} is a file; a checkpoint is a folder.", hint=f"Try {path.parent}.")
+    if (path / MANIFEST_FILE).exists():
+        return QuantizedCheckpoint(path, progress, verify=verify)
+    return PlainCheckpoint(path, progress)
+
+
+class PlainCheckpoint(SafetensorsReader):
+    """A Hugging Face folder as it was published."""
+
+    is_quantized = False
+    manifest = None
+
+
+class QuantizedCheckpoint:
+    """A folder that `write_checkpoint` wrote, validated on opening."""
+
+    is_quantized = True
+
+    def __init__(self, path: Path, progress: Progress = SILENT, *, verify: bool = False) -> None:
+        self.path = path
+        self.manifest = CheckpointManifest.read(path)
+        self.config = Gemma4Config.from_dir(path)
+        shards = [name for name in self.manifest.files if name.endswith(".safetensors")]
+        total = sum(self.manifest.files[name].bytes for name in shards)
+        _check_files(path, self.manifest.files, shards, verify or total < ALWAYS_VERIFIED_BYTES, progress)
+        self._shard_of = _tensor_places(path, shards)
+        _check_names(path, self.config, set(self._shard_of), set(self.manifest.tensors))
+
+    @property
+    def nbytes(self) -> int:
+        return self.manifest.head.totals.weight_bytes
+
+    def names(self) -> list[str]:
+        return list(self._shard_of)
+
+    def tensor(self, name: str) -> Tensor:
+        with safe_open(self.path / self._shard_of[name], framework="pt") as shard:
+            return _unflatten(name, shard)
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self._shard_of:
+            yield name, self.tensor(name)
+
+
+def _unflatten(name: str, shard: safe_open) -> Tensor:
+    """Let torchao rebuild one tensor from its pieces in an open shard."""
+    description = shard.metadata()[name]
+    module, _, weight = name.rpartition(".")
+    attributes = json.loads(description).get("_tensor_data_names")
+    keys = [name] if attributes is None else [f"{module}._{weight}_{attribute}" for attribute in attributes]
+    metadata = {name: description, "tensor_names": json.dumps([name])}
+    tensors, _ = unflatten_tensor_state_dict({key: shard.get_tensor(key) for key in keys}, metadata)
+    return tensors[name]
+
+
+def _check_files(
+    path: Path, files: Mapping[str, FileRecord], shards: list[str], verify_shards: bool, progress: Progress
+) -> None:
+    for name, record in files.items():
+        file = path / name
+        if not file.is_file():
+            raise G4Error(f"{file} is missing.", hint=_AGAIN)
+        size = file.stat().st_size
+        if size != record.bytes:
+            raise G4Error(
+                f"{file} has {size:,} bytes instead of {record.bytes:,}: it is incomplete or damaged.", hint=_AGAIN
+            )
+        if (name not in shards or verify_shards) and sha256_file(file, progress) != record.sha256:
+            raise G4Error(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST_FILE}.", hint=_AGAIN)
+
+
+def _tensor_places(path: Path, shards: list[str]) -> dict[str, str]:
+    places: dict[str, str] = {}
+    for shard in shards:
+        try:
+            with safe_open(path / shard, framework="pt") as file:
+                places |= dict.fromkeys(json.loads(file.metadata()["tensor_names"]), shard)
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            raise G4Error(f"{path / shard} has a damaged header.", hint=_AGAIN) from None
+    return places
+
+
+def _check_names(path: Path, config: Gemma4Config, stored: set[str], listed: set[str]) -> None:
+    # A tied lm_head may be stored on its own, quantized in another way than the embedding.
+    wanted = set(expected_shapes(config, untied=LM_HEAD in stored))
+    for what, names in (
+        ("lacks", wanted - stored),
+        ("has the unknown tensor", stored - wanted),
+        (f"and its {MANIFEST_FILE} disagree about", listed ^ stored),
+    ):
+        if names:
+            raise G4Error(f"{path} {what} {min(names)}.", hint=_AGAIN)
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """The files of a quantized checkpoint before any is written.
+
+    Args:
+        layout: canonical name -> tensor on the meta device with the shapes, dtypes and class to be stored.
+        assets: file name -> bytes, or the file to copy.
+    """
+
+    layout: Mapping[str, Tensor]
+    assets: Mapping[str, bytes | Path]
+    shard_bytes: int = SHARD_BYTES
+    shards: list[ShardPlan] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", plan_shards(self.layout, self.shard_bytes))
+
+    @property
+    def files(self) -> dict[str, int]:
+        """The size of every file but the manifest, whose size depends on the errors measured."""
+        files = {shard.file: shard.nbytes for shard in self.shards} | {INDEX_FILE: len(self.index)}
+        return files | {name: _asset_bytes(asset) for name, asset in sorted(self.assets.items())}
+
+    @property
+    def weight_bytes(self) -> int:
+        """The size of all tensors as stored."""
+        return sum(shard.data_bytes for shard in self.shards)
+
+    @property
+    def index(self) -> bytes:
+        return (json.dumps(shard_index(self.shards), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+Produce = Callable[[str, Task], tuple[Tensor, TensorRecord]]
+"""Makes the tensor of a name; advances the task by the tensor's stored bytes on the way."""
+
+
+def write_checkpoint(
+    target: Path,
+    plan: CheckpointPlan,
+    head: ManifestHead,
+    produce: Produce,
+    *,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> CheckpointManifest:
+    """Write a quantized checkpoint, one tensor in memory at a time; nothing is at `target` before all of it is there.
+
+    A run that was killed leaves its finished shards in `.<name>.partial`, listed in a manifest; the next run with the
+    same source, recipe and library versions keeps them, and any other run starts over and says so.
+
+    Raises: G4Error when `target` exists, when the disk is too small or becomes full, when another g4 is at it.
+    """
+    with atomic_directory(target, force=force, resume=True) as folder:
+        finished = _finished_shards(folder, plan, head, progress)
+        pending = [shard for shard in plan.shards if shard.file not in finished.files]
+        require_free_space(
+            target.parent,
+            sum(plan.files.values()) - sum(record.bytes for record in finished.files.values()),
+            f"The checkpoint {target.name}",
+        )
+        manifest = finished
+        with progress.phase("quantize", sum(shard.data_bytes for shard in pending)) as task:
+            for shard in pending:
+                records = _write_shard(folder, shard, produce, task)
+                manifest = _with_shard(plan, manifest, folder / shard.file, records)
+                with _explained(folder / MANIFEST_FILE):
+                    write_json(folder / MANIFEST_FILE, manifest.to_json())
+        manifest = _write_rest(folder, plan, manifest)
+    return manifest
+
+
+def _write_shard(folder: Path, shard: ShardPlan, produce: Produce, task: Task) -> dict[str, TensorRecord]:
+    records = {}
+    with contextlib.ExitStack() as stack:
+        with _explained(folder / shard.file):
+            writer = stack.enter_context(ShardWriter(folder, shard))
+        for name in shard.tensors:
+            tensor, records[name] = produce(name, task)
+            with _explained(folder / shard.file):
+                writer.put(name, tensor)
+            del tensor
+        with _explained(folder / shard.file):
+            writer.finish()
+    return records
+
+
+def _with_shard(
+    plan: CheckpointPlan, manifest: CheckpointManifest, file: Path, records: Mapping[str, TensorRecord]
+) -> CheckpointManifest:
+    """Add a finished shard, keeping the order of the plan whatever was finished first."""
+    tensors = {**manifest.tensors, **records}
+    files = {**manifest.files, file.name: FileRecord(file.stat().st_size, sha256_file(file))}
+    return replace(
+        manifest,
+        tensors={name: tensors[name] for name in plan.layout if name in tensors},
+        files={shard.file: files[shard.file] for shard in plan.shards if shard.file in files},
+    )
+
+
+def _write_rest(folder: Path, plan: CheckpointPlan, manifest: CheckpointManifest) -> CheckpointManifest:
+    """Write index, assets and the final manifest, and remove what does not belong to the checkpoint."""
+    contents = {INDEX_FILE: plan.index, **dict(sorted(plan.assets.items()))}
+    files = dict(manifest.files)
+    for name, content in contents.items():
+        with _explained(folder / name):
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        files[name] = FileRecord((folder / name).stat().st_size, sha256_file(folder / name))
+    manifest = replace(manifest, files=files)
+    with _explained(folder / MANIFEST_FILE):
+        write_json(folder / MANIFEST_FILE, manifest.to_json())
+    for path in folder.iterdir():
+        if path.name not in files and path.name != MANIFEST_FILE:
+            path.unlink()
+    return manifest
+
+
+def _finished_shards(
+    folder: Path, plan: CheckpointPlan, head: ManifestHead, progress: Progress
+) -> CheckpointManifest:
+    """Return the manifest of an earlier run reduced to the shards that this run would write just so."""
+    empty = CheckpointManifest(head)
+    if not any(folder.iterdir()):
+        return empty
+    try:
+        earlier = CheckpointManifest.read(folder)
+    except G4Error:
+        earlier = None
+    if earlier is None or _as_stored(earlier.head) != _as_stored(head):
+        if earlier is not None:
+            progress.note("An unfinished checkpoint of another source, recipe or version was there; starting over.")
+        empty_directory(folder)
+        return empty
+    whole = [shard for shard in plan.shards if _is_whole(folder, shard, earlier, progress)]
+    if whole:
+        progress.note(f"Continuing: {len(whole)} of {len(plan.shards)} shards are finished.")
+    names = {name for shard in whole for name in shard.tensors}
+    return CheckpointManifest(
+        head,
+        {name: earlier.tensors[name] for name in plan.layout if name in names},
+        {shard.file: earlier.files[shard.file] for shard in whole},
+    )
+
+
+def _as_stored(head: ManifestHead) -> str:
+    return json.dumps(CheckpointManifest(head).to_json())
+
+
+def _is_whole(folder: Path, shard: ShardPlan, earlier: CheckpointManifest, progress: Progress) -> bool:
+    """Tell whether a shard on disk is the planned one, complete and undamaged."""
+    path, record = folder / shard.file, earlier.files.get(shard.file)
+    if record is None or not path.is_file() or path.stat().st_size != shard.nbytes:
+        return False
+    if not set(shard.tensors) <= set(earlier.tensors) or not _starts_with(path, shard.header):
+        return False
+    return sha256_file(path, progress) == record.sha256
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a disk that cannot take more into a sentence; the partial folder stays for the next run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        raise G4Error(
+            f"Writing {path.name} to {path.parent.parent} failed: {os.strerror(error.errno)}.",
+            hint="Make room and run the same command again; what is finished is kept.",
+        ) from None
+
+
+def _asset_bytes(asset: bytes | Path) -> int:
+    return len(asset) if isinstance(asset, bytes) else asset.stat().st_size
