@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +27,12 @@ _VERB: Mapping[Kind, str] = {"model": "pulled", "checkpoint": "quantized", "bund
 
 @dataclass(frozen=True)
 class Remembered:
-    """The last thing of a kind: its absolute path and when it was made (seconds since the epoch)."""
+    """The last thing of a kind: its absolute path, when it was made (seconds since the epoch), and where it came from
+    (`repo`, `revision`, `commit` of a pulled model; empty for what was made here)."""
 
     path: Path
     at: float
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,17 @@ class Workspace:
             ) from None
         return folder / name
 
-    def remember(self, kind: Kind, path: Path) -> None:
+    def remember(self, kind: Kind, path: Path, origin: Mapping[str, str] | None = None) -> None:
         """Make `path` the last thing of its kind."""
         state = self._read()
-        state[kind] = {"path": str(path.absolute()), "at": time.time()}
+        state[kind] = {"path": str(path.absolute()), "at": time.time(), "origin": dict(origin or {})}
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(self.state_file, {"version": _STATE_VERSION, **state})
 
     def last(self, kind: Kind) -> Remembered | None:
         """Return the last thing of a kind, whether it still exists or not."""
         entry = self._read().get(kind)
-        return None if entry is None else Remembered(Path(entry["path"]), float(entry["at"]))
+        return None if entry is None else Remembered(Path(entry["path"]), entry["at"], entry.get("origin", {}))
 
     def resolve(self, kind: Kind, given: str | Path | None, say: Say) -> Path:
         """Find what a command works on: a path or a name in the workspace, else the last one (said through `say`)."""
@@ -154,7 +156,10 @@ class Workspace:
             )
         for kind, entry in state.items():
             whole = (
-                isinstance(entry, dict) and isinstance(entry.get("path"), str) and isinstance(entry.get("at"), float)
+                isinstance(entry, dict)
+                and isinstance(entry.get("path"), str)
+                and isinstance(entry.get("at"), float)
+                and isinstance(entry.get("origin", {}), dict)
             )
             if kind not in _FOLDERS or not whole:
                 raise damaged

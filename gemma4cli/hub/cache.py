@@ -1,11 +1,11 @@
 """The Hugging Face cache of one repository, in its documented layout, so that every other tool finds what we fetched.
 
-    models--owner--repo/
-        blobs/<etag>                     the bytes, once
-        blobs/<etag>.g4-partial          a download in progress
-        blobs/<etag>.g4-ledger           how much of each part of it has arrived
-        snapshots/<commit>/<file>        link to the blob
-        refs/<revision>                  the commit a branch or tag stood for
+models--owner--repo/
+    blobs/<etag>                     the bytes, once
+    blobs/<etag>.g4-partial          a download in progress
+    blobs/<etag>.g4-ledger           how much of each part of it has arrived
+    snapshots/<commit>/<file>        link to the blob
+    refs/<revision>                  the commit a branch or tag stood for
 """
 
 from __future__ import annotations
@@ -80,6 +80,11 @@ class RepoCache:
         temporary = ref.with_name(f"{ref.name}.{uuid.uuid4().hex[:8]}.tmp")
         temporary.write_text(commit)
         os.replace(temporary, ref)
+
+    def forget(self, file: RemoteFile, commit: str) -> None:
+        """Remove a file, so that it is fetched again."""
+        for path in (self.snapshot(commit) / file.name, self.blob(file)):
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def only_us(self, file: RemoteFile, say: Callable[[str], None]) -> Iterator[None]:

@@ -40,13 +40,20 @@ class Variant:
 
 @dataclass(frozen=True)
 class Entry:
-    """A short name. `repo` is None for the model that comes with g4; the first variant is the default."""
+    """A short name.
+
+    Attributes:
+        repo: None for the model that comes with g4.
+        variants: the first one is the default.
+        lender: a repository of the same model, for the chat template and generation settings that `repo` lacks.
+    """
 
     name: str
     repo: str | None
     format: Format
     about: str
     variants: tuple[Variant, ...]
+    lender: str | None = None
 
 
 CATALOG: tuple[Entry, ...] = (
@@ -62,7 +69,11 @@ CATALOG: tuple[Entry, ...] = (
         "google/gemma-4-31B-it",
         "safetensors",
         "Gemma 4 31B-IT, bfloat16",
-        (Variant(None, 62_500_000_000, _RUN_BYTES_31B, False, "30.70e9 text parameters and the vision tower, 2 bytes"),),
+        (
+            Variant(
+                None, 62_500_000_000, _RUN_BYTES_31B, False, "30.70e9 text parameters and the vision tower, 2 bytes"
+            ),
+        ),
     ),
     Entry(
         "31b-gguf",
@@ -90,6 +101,7 @@ CATALOG: tuple[Entry, ...] = (
         "torchao",
         "Gemma 4 31B-IT, int4 by HQQ, ready to export",
         (Variant(None, 21_000_000_000, 21_000_000_000, False, "published, rounded"),),
+        lender="google/gemma-4-31B-it",
     ),
 )
 
@@ -97,6 +109,11 @@ CATALOG: tuple[Entry, ...] = (
 def find(name: str) -> Entry | None:
     """Return the entry of a short name, whatever its case."""
     return next((entry for entry in CATALOG if entry.name == name.lower()), None)
+
+
+def lender_of(repo: str) -> str | None:
+    """Return the repository that lends `repo` its missing chat template and settings."""
+    return next((entry.lender for entry in CATALOG if entry.repo == repo), None)
 
 
 def suggest(name: str) -> str | None:

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from gemma4cli import __version__
@@ -35,16 +35,17 @@ T = TypeVar("T")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError, httpx2.InvalidURL)
+HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, httpx2.InvalidURL)
 # A server without range requests sends the file from its start; more than this much is not worth reading past.
 _MAX_SKIPPED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often to ask again after a failure that may pass, and how long to wait (seconds) in between."""
+    """How often to ask after failures that may pass, and how long to wait (seconds) in between."""
 
     attempts: int = 6
+    first_contact_attempts: int = 2
     first_wait_s: float = 1.0
     longest_wait_s: float = 30.0
     longest_stated_wait_s: float = 300.0
@@ -62,23 +63,27 @@ class Stopped(Exception):
 class Patience:
     """Counts the failures in a row of one piece of work; a success in between starts the count again."""
 
-    def __init__(self, policy: RetryPolicy, asked: Asked, say: Callable[[str], None], stop: threading.Event) -> None:
-        self._policy, self._asked, self._say, self._stop = policy, asked, say, stop
+    def __init__(self, hub: Hub, asked: Asked) -> None:
+        self._hub, self._policy, self._asked = hub, hub.policy, asked
         self._failures = 0
 
     def succeeded(self) -> None:
+        self._hub.reached = True
         self._failures = 0
 
     def wait_after(self, error: Exception) -> None:
         """Wait before the next attempt, or raise the explained error when there is none."""
         self._failures += 1
         stated = seconds_to_wait(error)
-        hopeless = stated is not None and stated > self._policy.longest_stated_wait_s
-        if not is_transient(error) or hopeless or self._failures >= self._policy.attempts:
+        too_long = stated is not None and stated > self._policy.longest_stated_wait_s
+        # A hub that never answered is not having a hiccup: the network is down, or the address is wrong.
+        never_answered = isinstance(error, httpx2.ConnectError) and not self._hub.reached
+        attempts = self._policy.first_contact_attempts if never_answered else self._policy.attempts
+        if not is_transient(error) or too_long or self._failures >= attempts:
             raise explain(error, self._asked) from error
         wait = self._backoff() if stated is None else stated
-        self._say(f"{_short(error)} for {self._asked.what}; trying again in {wait:.1f} s.")
-        if self._stop.wait(wait):
+        self._hub.say(f"{_short(error)} for {self._asked.what}; trying again in {wait:.1f} s.")
+        if self._hub.stop.wait(wait):
             raise Stopped
 
     def _backoff(self) -> float:
@@ -88,7 +93,9 @@ class Patience:
 
 
 def _short(error: Exception) -> str:
-    return f"HTTP {error.response.status_code}" if isinstance(error, HfHubHTTPError) else "Lost the connection"
+    if isinstance(error, HfHubHTTPError):
+        return f"HTTP {error.response.status_code}"
+    return "No connection" if isinstance(error, httpx2.ConnectError) else "Lost the connection"
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,9 @@ class Hub:
     Args:
         endpoint: its address; HF_ENDPOINT or huggingface.co when None.
         say: takes one sentence per retry.
-        stop: set from elsewhere to end all waiting and reading.
+    Attributes:
+        stop: set it to end all waiting and reading; the hub is of no use afterwards.
+        reached: whether it has answered yet.
     """
 
     def __init__(
@@ -129,12 +138,12 @@ class Hub:
         *,
         policy: RetryPolicy | None = None,
         say: Callable[[str], None] = lambda message: None,
-        stop: threading.Event | None = None,
     ) -> None:
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self._policy = policy or RetryPolicy.from_environment()
-        self._say = say
-        self.stop = stop or threading.Event()
+        self.policy = policy or RetryPolicy.from_environment()
+        self.say = say
+        self.stop = threading.Event()
+        self.reached = False
         self._api = HfApi(endpoint=self.endpoint, library_name="g4", library_version=__version__)
 
     def repository(self, repo: str, revision: str) -> Repository:
@@ -208,13 +217,15 @@ class Hub:
     def patience(self, source: Repository, file: RemoteFile) -> Patience:
         """Return a fresh count of failures for one piece of a file."""
         asked = Asked(self.endpoint, source.repo, source.revision, file.name)
-        return Patience(self._policy, asked, self._say, self.stop)
+        return Patience(self, asked)
 
     def _retry(self, asked: Asked, request: Callable[[], T]) -> T:
-        patience = Patience(self._policy, asked, self._say, self.stop)
+        patience = Patience(self, asked)
         while True:
             try:
-                return request()
+                answer = request()
+                patience.succeeded()
+                return answer
             except HUB_ERRORS as error:
                 patience.wait_after(error)
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import queue
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from gemma4cli.errors import G4Error
@@ -25,7 +26,7 @@ _HASH_CHUNK_BYTES = 8 << 20
 def fetch(
     hub: Hub,
     source: Repository,
-    files: list[RemoteFile],
+    files: Sequence[RemoteFile],
     cache: RepoCache,
     progress: Progress,
     *,

@@ -11,7 +11,6 @@ from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
     HfHubHTTPError,
-    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -63,11 +62,6 @@ def explain(error: Exception, asked: Asked) -> G4Error:
         return error
     if isinstance(error, HfHubHTTPError):
         return _explain_status(error, asked)
-    if isinstance(error, OfflineModeIsEnabled):
-        return G4Error(
-            f"{asked.what} would have to be asked for, but HF_HUB_OFFLINE is set.",
-            hint="Unset it, or use --offline with a model that is in the cache.",
-        )
     if isinstance(error, httpx2.ProxyError):
         return G4Error(f"The proxy refused the connection to {asked.endpoint}: {error}.", hint="Check HTTPS_PROXY.")
     if isinstance(error, httpx2.TooManyRedirects):
@@ -128,7 +122,9 @@ def _explain_status(error: HfHubHTTPError, asked: Asked) -> G4Error:
             f"{asked.endpoint} keeps failing for {asked.what} (HTTP {status}).",
             hint="Run the same command again later; it goes on where it stopped.",
         )
-    return G4Error(f"{asked.endpoint} answered HTTP {status} for {asked.what}.", hint=f"See {page}, and check HF_ENDPOINT.")
+    return G4Error(
+        f"{asked.endpoint} answered HTTP {status} for {asked.what}.", hint=f"See {page}, and check HF_ENDPOINT."
+    )
 
 
 def _explain_gated(status: int, page: str, asked: Asked) -> G4Error:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from gemma4cli.files import format_bytes
 
@@ -27,11 +26,12 @@ class Machine:
     @classmethod
     def probe(cls, cache: Path) -> Machine:
         name, memory = _largest_gpu()
-        return cls(free_bytes(cache), psutil.virtual_memory().total, name, memory)
+        return cls(free_bytes(cache), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), name, memory)
 
-    def holds(self, download_bytes: int) -> str:
+    def disk_verdict(self, download_bytes: int) -> str:
         """Say whether a download fits on the disk."""
-        return _verdict(download_bytes, self.disk_free_bytes, "disk")
+        short = download_bytes - self.disk_free_bytes
+        return "fits" if short <= 0 else f"{format_bytes(short)} too small"
 
     def runs(self, run_bytes: int) -> str:
         """Say where a model of this many bytes of weights can run."""
@@ -41,11 +41,7 @@ class Machine:
             for place, size in (("GPU", self.gpu_bytes), ("CPU", self.memory_bytes))
             if size is not None and size >= needed
         ]
-        return " and ".join(places) if places else f"needs {format_bytes(needed)} of memory"
-
-
-def _verdict(needed: int, there: int, place: str) -> str:
-    return "fits" if needed <= there else f"needs {format_bytes(needed - there)} more {place}"
+        return " and ".join(places) if places else f"needs {format_bytes(needed)}"
 
 
 def free_bytes(path: Path) -> int:

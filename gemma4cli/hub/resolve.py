@@ -1,10 +1,10 @@
 """What the word after `g4 pull` means.
 
-    demo                                    the model in the package
-    31b  31b-gguf  31b-gguf:Q6_K            a short name, with a quantization where the repository has many
-    owner/repo  owner/repo@REVISION         any repository of a hub
-    owner/repo:Q4_K_M  owner/repo:FILE@REV  one GGUF file of it, by quantization or by name
-    ./folder  /path/to/model.gguf           something already on this machine
+demo                                    the model in the package
+31b  31b-gguf  31b-gguf:Q6_K            a short name, with a quantization where the repository has many
+owner/repo  owner/repo@REVISION         any repository of a hub
+owner/repo:Q4_K_M  owner/repo:FILE@REV  one GGUF file of it, by quantization or by name
+./folder  /path/to/model.gguf           something already on this machine
 """
 
 from __future__ import annotations

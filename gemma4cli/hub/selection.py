@@ -14,9 +14,11 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _REQUIRED = (CONFIG, "tokenizer.json")
-_WELCOME = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "g4.json")
+# What a chat needs beside the weights; a repository of the same model can lend them.
+LENDABLE = ("generation_config.json", "chat_template.jinja", "tokenizer_config.json")
+_WELCOME = (*LENDABLE, "g4.json")
 # Tensors of the other modalities; a shard that holds nothing else is not fetched.
-_NOT_TEXT = re.compile(r"(model\.)?(vision_tower|embed_vision|audio_tower|embed_audio)\.")
+_NOT_TEXT = re.compile(r"model\.(vision_tower|embed_vision|audio_tower|embed_audio)\.")
 _QUANTIZATION = re.compile(
     r"(?<![A-Za-z0-9])((?:UD-)?(?:I?Q\d_(?:[01]|K(?:_[A-Z]+)?|[A-Z]+)|BF16|F16|F32))(?!_?[A-Za-z0-9])", re.IGNORECASE
 )
@@ -36,6 +38,11 @@ class Selection:
     @property
     def names(self) -> tuple[str, ...]:
         return self.companions + self.weights
+
+
+def is_text_tensor(name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to the text model."""
+    return not _NOT_TEXT.match(name)
 
 
 def select(
@@ -75,19 +82,19 @@ def _safetensors(repo: str, names: list[str], read_index: Callable[[], dict[str,
     companions = tuple(name for name in (*_REQUIRED, *_WELCOME) if name in names)
     if INDEX not in names:
         return Selection("safetensors", (SINGLE,), companions, ())
-    weights, skipped = _text_shards(repo, read_index())
+    weights, skipped = text_shards(repo, read_index())
     for shard in weights:
         if shard not in names:
             raise G4Error(f"{repo} lacks {shard}, which its index names.", hint="The repository is incomplete.")
     return Selection("safetensors", weights, (*companions, INDEX), skipped)
 
 
-def _text_shards(repo: str, index: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def text_shards(repo: str, index: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split the shards of an index into those with text tensors and the others."""
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise G4Error(f"{INDEX} of {repo} has no weight_map.", hint="The repository is damaged.")
-    text = {shard for tensor, shard in weight_map.items() if not _NOT_TEXT.match(tensor)}
+    text = {shard for tensor, shard in weight_map.items() if is_text_tensor(tensor)}
     if not text:
         raise G4Error(f"{INDEX} of {repo} lists no text tensor.", hint="Only Gemma 4 text models are supported.")
     return tuple(sorted(text)), tuple(sorted(set(weight_map.values()) - text))
@@ -145,6 +152,7 @@ def _gguf(repo: str, parts: list[str]) -> Selection:
         numbers = [int(found[1]) for name in parts if (found := _PART.search(name))]
         if numbers != list(range(1, expected + 1)):
             raise G4Error(
-                f"{repo} has {len(numbers)} of the {expected} parts of {parts[0]}.", hint="The repository is incomplete."
+                f"{repo} has {len(numbers)} of the {expected} parts of {parts[0]}.",
+                hint="The repository is incomplete.",
             )
     return Selection("gguf", tuple(parts), (), (), main=parts[0])
