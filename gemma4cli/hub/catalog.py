@@ -69,11 +69,7 @@ CATALOG: tuple[Entry, ...] = (
         "google/gemma-4-31B-it",
         "safetensors",
         "Gemma 4 31B-IT, bfloat16",
-        (
-            Variant(
-                None, 62_500_000_000, _RUN_BYTES_31B, False, "30.70e9 text parameters and the vision tower, 2 bytes"
-            ),
-        ),
+        (Variant(None, 62_500_000_000, _RUN_BYTES_31B, False, "30.70e9 text parameters and the vision tower"),),
     ),
     Entry(
         "31b-gguf",

@@ -107,7 +107,7 @@ class _Download:
                 part = jobs.get_nowait()
                 try:
                     self._fetch_part(part, partial, bar)
-                except Exception as error:  # noqa: BLE001 - the calling thread raises it
+                except Exception as error:  # the calling thread raises it
                     self._failure = self._failure or error
                 with self._changed:
                     self._changed.notify_all()
@@ -149,7 +149,7 @@ class _Download:
             return
         partial.discard()
         raise G4Error(
-            f"{self._file.name} of {self._source.repo} arrived damaged: its hash is {digest[:12]}…, the repository says "
-            f"{self._file.etag[:12]}…. It was thrown away.",
+            f"{self._file.name} of {self._source.repo} arrived damaged: its hash is {digest[:12]}…, the "
+            f"repository says {self._file.etag[:12]}…. It was thrown away.",
             hint="Run the same command again; if it happens twice, the hub or a proxy serves a damaged copy.",
         )

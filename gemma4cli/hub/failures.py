@@ -45,7 +45,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def seconds_to_wait(error: Exception) -> float | None:
-    """Return how long the server asks us to wait (rate-limit header, or Retry-After in seconds), None if it does not."""
+    """Return how long the server asks us to wait (rate-limit header, else Retry-After in seconds), if it does."""
     if not isinstance(error, HfHubHTTPError):
         return None
     headers = error.response.headers
@@ -101,7 +101,7 @@ def _explain_status(error: HfHubHTTPError, asked: Asked) -> G4Error:
         )
     if isinstance(error, RepositoryNotFoundError) or (status == 404 and asked.filename is None):
         return G4Error(
-            f"There is no repository {asked.repo} on {asked.endpoint}, or it is private and your token does not see it.",
+            f"There is no repository {asked.repo} on {asked.endpoint}, or it is private and hidden from your token.",
             hint="Check the spelling; for a private one set HF_TOKEN or run hf auth login.",
         )
     if status == 401:
@@ -141,7 +141,7 @@ def explain_disk(error: OSError, cache: Path) -> G4Error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return G4Error(
             f"The disk of the cache {cache} is full.",
-            hint="Free some space (hf cache ls, hf cache rm) and run the same command again; it goes on where it stopped.",
+            hint="Free some space (hf cache rm) and run the same command again; it goes on where it stopped.",
         )
     return G4Error(
         f"The cache {cache} cannot be written: {error.strerror or error}.",

@@ -1,7 +1,8 @@
 """Recognize a model, and refuse what g4 cannot use, from the first bytes of its files.
 
-A model on a hub is looked at through a skeleton: its configuration and file headers, fetched by range request into files
-of the right size that are otherwise holes. The same checks then serve models on this machine and models not yet here.
+A model on a hub is looked at through a skeleton: its configuration and file headers, fetched by range request into
+files of the right size that are otherwise holes. The same checks then serve models on this machine and those not yet
+here.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gemma4cli.errors import G4Error
 from gemma4cli.files import atomic_directory, format_bytes
@@ -97,7 +96,7 @@ def plan(hub: Hub, model: HubModel, *, cache_dir: Path | None = None, force: boo
     """
     source = hub.repository(model.repo, model.revision)
 
-    def read_index() -> Any:
+    def read_index() -> object:
         return _parse_index(hub.read(source, source.files[INDEX], 0, source.files[INDEX].size), model.repo)
 
     selection = select(model.repo, source.files, model.selector, read_index)
@@ -160,7 +159,7 @@ def _require_space(plan: Plan) -> None:
         )
 
 
-def _parse_index(data: bytes, repo: str) -> Any:
+def _parse_index(data: bytes, repo: str) -> object:
     try:
         return json.loads(data)
     except ValueError:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from gemma4cli.errors import G4Error
 
@@ -45,9 +45,7 @@ def is_text_tensor(name: str) -> bool:
     return not _NOT_TEXT.match(name)
 
 
-def select(
-    repo: str, names: Iterable[str], selector: str | None, read_index: Callable[[], dict[str, Any]]
-) -> Selection:
+def select(repo: str, names: Iterable[str], selector: str | None, read_index: Callable[[], object]) -> Selection:
     """Choose the files of a repository.
 
     Args:
@@ -75,7 +73,7 @@ def select(
     )
 
 
-def _safetensors(repo: str, names: list[str], read_index: Callable[[], dict[str, Any]]) -> Selection:
+def _safetensors(repo: str, names: list[str], read_index: Callable[[], object]) -> Selection:
     for name in _REQUIRED:
         if name not in names:
             raise G4Error(f"{repo} has no {name}; the model cannot be used without it.", hint="Use another repository.")
@@ -89,7 +87,7 @@ def _safetensors(repo: str, names: list[str], read_index: Callable[[], dict[str,
     return Selection("safetensors", weights, (*companions, INDEX), skipped)
 
 
-def text_shards(repo: str, index: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def text_shards(repo: str, index: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split the shards of an index into those with text tensors and the others."""
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -101,7 +99,7 @@ def text_shards(repo: str, index: Any) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _gguf_models(names: list[str]) -> dict[str, list[str]]:
-    """Group GGUF files into models: the parts of a split file under their common stem. Vision projectors are left out."""
+    """Group GGUF files into models, the parts of a split one under their stem; vision projectors are left out."""
     models: dict[str, list[str]] = {}
     for name in names:
         if name.lower().endswith(".gguf") and "mmproj" not in PurePosixPath(name).name.lower():
