@@ -1,0 +1,252 @@
+"""GGUF's block formats, taken apart into integer codes and their scales. No float arithmetic happens here.
+
+Source: ggml's ggml-common.h and gguf-py's quants.py, which the tests compare with bit for bit. A quantized row is a
+sequence of blocks; each block is decoded into
+
+    codes  4-bit types: uint8 [n, block / 2], two codes 0..15 per byte, the even column in the low nibble
+           others:      int8 [n, block], centred: unsigned b-bit codes minus 2^(b-1)
+    sub    int8 [n, block / group] or [n, block / group, 2]: integer (scale, minimum) per group; None without
+    step   float16 [n, 1] or [n, 1, 2]: (scale, minimum) per block
+
+and the value of a weight, with code in its unsigned or signed form as the type defines it, is
+
+    step_scale * sub_scale * code - step_min * sub_min        (a factor that the type does not have is 1, a term 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as GGML
+from gguf.quants import IQ4_NL
+
+_LOW = np.uint64(0x000F000F000F000F)
+_HIGH = np.uint64(0x00F000F000F000F0)
+_FOUR = np.uint64(4)
+_RUN = np.dtype((np.void, 32))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Decoded blocks; shapes in the module's docstring."""
+
+    codes: np.ndarray
+    sub: np.ndarray | None
+    step: np.ndarray
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """How one GGUF type is kept: bits and group of its codes, whether groups have a minimum, and the decoder."""
+
+    type: GGML
+    bits: int
+    group_size: int
+    has_min: bool
+    two_level: bool
+    decode: Callable[[np.ndarray], Blocks]
+
+    @property
+    def block_size(self) -> int:
+        """Weights per block."""
+        return GGML_QUANT_SIZES[self.type][0]
+
+
+def _bytes(block: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Copy some bytes of every block: uint8 [n, stop - start], contiguous.
+
+    One opaque item per block copies several times faster than its bytes one by one.
+    """
+    item = np.dtype((np.void, stop - start))
+    return np.ascontiguousarray(block[:, start:stop].view(item)).view(np.uint8)
+
+
+def _pair_nibbles(packed: np.ndarray) -> np.ndarray:
+    """Regroup nibbles that are half a run apart into neighbours: uint8 [n, runs, w] -> [n, runs * w].
+
+    GGUF keeps code j of a run in byte j's low nibble and code w + j in its high nibble; torchao's Int4Tensor keeps
+    codes 2 j and 2 j + 1 in byte j. Eight bytes at a time; each 16-bit lane ends up with one result byte.
+    """
+    n, runs, width = packed.shape
+    words = packed.view(np.uint64)
+    shifted = words >> _FOUR
+    paired = np.empty((n * runs, 2), np.dtype((np.void, width // 2)))
+    paired[:, 0] = _lane_bytes((words & _LOW) | (shifted & _HIGH)).view(paired.dtype)
+    paired[:, 1] = _lane_bytes((shifted & _LOW) | ((shifted >> _FOUR) & _HIGH)).view(paired.dtype)
+    return paired.view(np.uint8).reshape(n, runs * width)
+
+
+def _lane_bytes(words: np.ndarray) -> np.ndarray:
+    """Return the lower byte of every 16-bit lane, flat."""
+    return words.view(np.uint16).reshape(-1).astype(np.uint8)
+
+
+def _runs(block: np.ndarray) -> np.ndarray:
+    """Cut bytes into runs of 32: uint8 [n, 32 r] -> [r][n, 32], contiguous, as whole-array arithmetic likes it."""
+    runs = block.view(_RUN)
+    return np.ascontiguousarray(runs.T).view(np.uint8).reshape(runs.shape[1], len(block), 32)
+
+
+def _join_runs(runs: list[np.ndarray]) -> np.ndarray:
+    """Undo `_runs` for codes: r arrays uint8 [n, 32] -> int8 [n, 32 r]."""
+    joined = np.empty((len(runs[0]), len(runs)), _RUN)
+    for index, run in enumerate(runs):
+        joined[:, index] = run.view(_RUN).reshape(-1)
+    return joined.view(np.int8)
+
+
+def _half(block: np.ndarray, start: int) -> np.ndarray:
+    """Return a float16 per block, [n, 1]."""
+    return _bytes(block, start, start + 2).view(np.float16)
+
+
+def _half_pair(block: np.ndarray) -> np.ndarray:
+    """Return the two float16 that open a block, [n, 1, 2]."""
+    return _bytes(block, 0, 4).view(np.float16).reshape(-1, 1, 2)
+
+
+def _q4_0(block: np.ndarray) -> Blocks:
+    codes = _pair_nibbles(_bytes(block, 2, 18).reshape(-1, 1, 16))
+    return Blocks(codes, None, _half(block, 0))
+
+
+def _q4_1(block: np.ndarray) -> Blocks:
+    codes = _pair_nibbles(_bytes(block, 4, 20).reshape(-1, 1, 16))
+    return Blocks(codes, None, _step_and_negated_offset(block))
+
+
+def _step_and_negated_offset(block: np.ndarray) -> np.ndarray:
+    """Q4_1 and Q5_1 add an offset where the K-quants subtract a minimum; flipping a sign bit is exact."""
+    pair = _bytes(block, 0, 4).view(np.uint16).reshape(-1, 1, 2)
+    pair[..., 1] ^= 0x8000
+    return pair.view(np.float16)
+
+
+def _five_bits(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Q5_0's and Q5_1's codes: 16 bytes of nibbles and 4 of fifth bits -> centred int8 [n, 32]."""
+    code = np.empty((len(low), 2), np.dtype((np.void, 16)))
+    code[:, :1] = (low & 15).view(code.dtype)
+    code[:, 1:] = (low >> 4).view(code.dtype)
+    fifth = np.unpackbits(high, axis=1, bitorder="little")
+    return (code.view(np.uint8) + (fifth << 4) - np.uint8(16)).view(np.int8)
+
+
+def _q5_0(block: np.ndarray) -> Blocks:
+    return Blocks(_five_bits(_bytes(block, 6, 22), _bytes(block, 2, 6)), None, _half(block, 0))
+
+
+def _q5_1(block: np.ndarray) -> Blocks:
+    return Blocks(_five_bits(_bytes(block, 8, 24), _bytes(block, 4, 8)), None, _step_and_negated_offset(block))
+
+
+def _q8_0(block: np.ndarray) -> Blocks:
+    return Blocks(_bytes(block, 2, 34).view(np.int8), None, _half(block, 0))
+
+
+def _q3_k(block: np.ndarray) -> Blocks:
+    third, low = _bytes(block, 0, 32), _runs(_bytes(block, 32, 96))
+    codes = []
+    for run in range(8):
+        # A set bit means that there is no 4 to subtract.
+        codes.append((((low[run // 4] >> (2 * (run % 4))) & 3) | (((third >> run) & 1) << 2)) - np.uint8(4))
+    packed = _bytes(block, 96, 108)
+    low_scale = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
+    high_scale = (packed[:, None, 8:] >> np.array([0, 2, 4, 6], np.uint8).reshape(1, 4, 1)) & 3
+    sub = (low_scale | (high_scale.reshape(-1, 16) << 4)) - np.uint8(32)
+    return Blocks(_join_runs(codes), sub.view(np.int8), _half(block, 108))
+
+
+def _six_bit_pairs(packed: np.ndarray) -> np.ndarray:
+    """Q4_K's and Q5_K's 12 bytes of 6-bit scales and minima -> int8 [n, 8, 2]; four groups per 32-bit word."""
+    words = packed.view(np.uint32)
+    scale, minimum, rest = words[:, 0], words[:, 1], words[:, 2]
+    mask, top = np.uint32(0x3F3F3F3F), np.uint32(0x30303030)
+    low, four, two = np.uint32(0x0F0F0F0F), np.uint32(4), np.uint32(2)
+    sub = np.empty((len(packed), 2, 4, 2), np.int8)
+    sub[:, 0, :, 0] = (scale & mask).view(np.int8).reshape(-1, 4)
+    sub[:, 1, :, 0] = ((rest & low) | ((scale >> two) & top)).view(np.int8).reshape(-1, 4)
+    sub[:, 0, :, 1] = (minimum & mask).view(np.int8).reshape(-1, 4)
+    sub[:, 1, :, 1] = (((rest >> four) & low) | ((minimum >> two) & top)).view(np.int8).reshape(-1, 4)
+    return sub.reshape(-1, 8, 2)
+
+
+def _q4_k(block: np.ndarray) -> Blocks:
+    codes = _pair_nibbles(_bytes(block, 16, 144).reshape(-1, 4, 32))
+    return Blocks(codes, _six_bit_pairs(_bytes(block, 4, 16)), _half_pair(block))
+
+
+def _q5_k(block: np.ndarray) -> Blocks:
+    high, low = _bytes(block, 16, 48), _runs(_bytes(block, 48, 176))
+    codes = []
+    for group in range(8):
+        nibble = low[group // 2] & 15 if group % 2 == 0 else low[group // 2] >> 4
+        codes.append((nibble | (((high >> group) & 1) << 4)) - np.uint8(16))
+    sub, step = _six_bit_pairs(_bytes(block, 4, 16)), _half_pair(block)
+    return Blocks(_join_runs(codes), sub, step)
+
+
+def _q6_k(block: np.ndarray) -> Blocks:
+    low, high = _runs(_bytes(block, 0, 128)), _runs(_bytes(block, 128, 192))
+    codes = []
+    for half in range(2):
+        first, second, top = low[2 * half], low[2 * half + 1], high[half]
+        codes += [
+            (first & 15) | ((top << 4) & 0x30),
+            (second & 15) | ((top << 2) & 0x30),
+            (first >> 4) | (top & 0x30),
+            (second >> 4) | ((top >> 2) & 0x30),
+        ]
+    sub = _bytes(block, 192, 208).view(np.int8)
+    return Blocks(_join_runs([code - np.uint8(32) for code in codes]), sub, _half(block, 208))
+
+
+# The non-uniform 4-bit grid's points are whole numbers: a byte of two codes -> the value of its low and of its high one.
+_IQ4_LOW, _IQ4_HIGH = (
+    np.array(IQ4_NL.kvalues, np.int8)[codes].tobytes() for codes in (np.arange(256) & 15, np.arange(256) >> 4)
+)
+
+
+def _iq4_values(packed: np.ndarray) -> np.ndarray:
+    """Look up codes: uint8 [n, 16 r] -> int8 [n, 32 r]; `bytes.translate` is several times faster than indexing."""
+    raw, item = packed.tobytes(), np.dtype((np.void, 16))
+    values = np.empty((len(packed) * packed.shape[1] // 16, 2), item)
+    values[:, 0] = np.frombuffer(raw.translate(_IQ4_LOW), item)
+    values[:, 1] = np.frombuffer(raw.translate(_IQ4_HIGH), item)
+    return values.view(np.int8).reshape(len(packed), -1)
+
+
+def _iq4_nl(block: np.ndarray) -> Blocks:
+    return Blocks(_iq4_values(_bytes(block, 2, 18)), None, _half(block, 0))
+
+
+def _iq4_xs(block: np.ndarray) -> Blocks:
+    high = _bytes(block, 2, 4).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)
+    low = np.stack([block[:, 4:8] & 15, block[:, 4:8] >> 4], axis=-1).reshape(-1, 8)
+    sub = (low | ((high.astype(np.uint8) & 3) << 4)) - np.uint8(32)
+    return Blocks(_iq4_values(_bytes(block, 8, 136)), sub.view(np.int8), _half(block, 0))
+
+
+FORMATS = {
+    block_format.type: block_format
+    for block_format in (
+        BlockFormat(GGML.Q4_0, 4, 32, has_min=False, two_level=False, decode=_q4_0),
+        BlockFormat(GGML.Q4_1, 4, 32, has_min=True, two_level=False, decode=_q4_1),
+        BlockFormat(GGML.Q5_0, 5, 32, has_min=False, two_level=False, decode=_q5_0),
+        BlockFormat(GGML.Q5_1, 5, 32, has_min=True, two_level=False, decode=_q5_1),
+        BlockFormat(GGML.Q8_0, 8, 32, has_min=False, two_level=False, decode=_q8_0),
+        BlockFormat(GGML.Q3_K, 3, 16, has_min=False, two_level=True, decode=_q3_k),
+        BlockFormat(GGML.Q4_K, 4, 32, has_min=True, two_level=True, decode=_q4_k),
+        BlockFormat(GGML.Q5_K, 5, 32, has_min=True, two_level=True, decode=_q5_k),
+        BlockFormat(GGML.Q6_K, 6, 16, has_min=False, two_level=True, decode=_q6_k),
+        BlockFormat(GGML.IQ4_NL, 8, 32, has_min=False, two_level=False, decode=_iq4_nl),
+        BlockFormat(GGML.IQ4_XS, 8, 32, has_min=False, two_level=True, decode=_iq4_xs),
+    )
+}
+# Kept as they are, in their own dtype.
+FLOAT_TYPES = {GGML.F32: np.dtype("<f4"), GGML.F16: np.dtype("<f2"), GGML.BF16: np.dtype("<u2")}
+# Decoded by gguf-py and quantized again: groups of 16 with a minimum are none of our formats.
+REQUANTIZED_TYPES = (GGML.Q2_K,)
+SUPPORTED_TYPES = (*FLOAT_TYPES, *FORMATS, *REQUANTIZED_TYPES)
