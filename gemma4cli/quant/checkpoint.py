@@ -282,9 +282,7 @@ def _write_rest(folder: Path, plan: CheckpointPlan, manifest: CheckpointManifest
     return manifest
 
 
-def _finished_shards(
-    folder: Path, plan: CheckpointPlan, head: ManifestHead, progress: Progress
-) -> CheckpointManifest:
+def _finished_shards(folder: Path, plan: CheckpointPlan, head: ManifestHead, progress: Progress) -> CheckpointManifest:
     """Return the manifest of an earlier run reduced to the shards that this run would write just so."""
     empty = CheckpointManifest(head)
     if not any(folder.iterdir()):

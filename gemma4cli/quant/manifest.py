@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from gemma4cli.errors import G4Error
 from gemma4cli.files import read_json, sha256_file
@@ -19,6 +19,8 @@ from gemma4cli.progress import SILENT, Progress
 MANIFEST_FILE = "g4.json"
 FORMAT = "g4-checkpoint"
 VERSION = 1
+
+R = TypeVar("R")
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _HUB_FOLDER = re.compile(r"models--(.+)")
@@ -101,7 +103,7 @@ class CheckpointManifest:
         }
 
     @classmethod
-    def from_json(cls, document: Any, where: str) -> CheckpointManifest:
+    def from_json(cls, document: object, where: str) -> CheckpointManifest:
         """Read a parsed manifest; `where` names the file in messages."""
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             found = document.get("format") if isinstance(document, dict) else None
@@ -150,11 +152,11 @@ def _sha256(file: Path, progress: Progress) -> str:
     return blob.name if known else sha256_file(file, progress)
 
 
-def _records(kind: type, sections: Mapping[str, Any]) -> dict[str, Any]:
+def _records(kind: type[R], sections: Mapping[str, Any]) -> dict[str, R]:
     return {name: _record(kind, section) for name, section in sections.items()}
 
 
-def _record(kind: type, section: Mapping[str, Any]) -> Any:
+def _record(kind: type[R], section: Mapping[str, Any]) -> R:
     """Build a record from exactly its own keys, each of its own type."""
     record = kind(**section)
     for name, expected in get_type_hints(kind).items():

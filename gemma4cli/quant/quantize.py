@@ -9,6 +9,8 @@ Peak memory is one tensor as read, the same one quantized, and a few buffers for
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +32,14 @@ from gemma4cli.quant.checkpoint import (
     write_checkpoint,
 )
 from gemma4cli.quant.groupwise import quantize
-from gemma4cli.quant.manifest import CheckpointManifest, ManifestHead, SourceRecord, TensorRecord, Totals, identify_source
+from gemma4cli.quant.manifest import (
+    CheckpointManifest,
+    ManifestHead,
+    SourceRecord,
+    TensorRecord,
+    Totals,
+    identify_source,
+)
 from gemma4cli.quant.recipe import Assignment, QuantSpec, Recipe
 from gemma4cli.quant.shards import stored_bytes
 from gemma4cli.quant.tensors import MatrixBuilder
@@ -62,17 +71,53 @@ class QuantizationPlan:
     @property
     def peak_bytes(self) -> int:
         """An upper estimate of the process's resident memory on the CPU."""
-        return _LIBRARIES_BYTES + _SCRATCH_BYTES + max(
-            math.prod(a.shape) * self.reader.dtype(a.source).itemsize
-            + stored_bytes(a.name, self.checkpoint.layout[a.name])
-            for a in self.assignments
+        return (
+            _LIBRARIES_BYTES
+            + _SCRATCH_BYTES
+            + max(
+                math.prod(a.shape) * self.reader.dtype(a.source).itemsize
+                + stored_bytes(a.name, self.checkpoint.layout[a.name])
+                for a in self.assignments
+            )
         )
 
     def bits_of_rule(self, number: int) -> tuple[int, float]:
         """Return how many tensors a rule (counted from 1) decided about, and their mean bits per weight."""
         mine = [a for a in self.assignments if a.rule == number]
         bits = sum(stored_bytes(a.name, self.checkpoint.layout[a.name]) * 8 for a in mine)
-        return len(mine), bits / max(1, sum(math.prod(a.shape) for a in mine))
+        return len(mine), round(bits / max(1, sum(math.prod(a.shape) for a in mine)), 4)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a planned checkpoint fits this machine. `files` lacks only the manifest."""
+
+    files: dict[str, int]
+    total_bytes: int
+    free_disk_bytes: int
+    peak_memory_bytes: int
+    available_memory_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.free_disk_bytes and self.peak_memory_bytes <= self.available_memory_bytes
+
+    @classmethod
+    def of(cls, plan: QuantizationPlan, target: Path) -> Fit:
+        """Compare a plan with the disk that will hold `target` and the memory there is now."""
+        files = plan.checkpoint.files
+        existing = next(folder for folder in target.absolute().parents if folder.exists())
+        free = shutil.disk_usage(existing).free
+        return cls(files, sum(files.values()), free, plan.peak_bytes, available_memory())
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that a process can take now; all there is where the system does not say."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) << 10
+    except FileNotFoundError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def plan_quantization(

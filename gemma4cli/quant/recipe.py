@@ -12,6 +12,7 @@ This module imports no torch: the command line reads recipes for its help and it
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ _SHARES = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one tensor is quantized. `group_size` counts weights along a row that share a scale; 0 means the whole row."""
+    """How one tensor is quantized. `group_size` counts the weights of a row that share a scale; 0 means all of them."""
 
     bits: int
     group_size: int
@@ -206,6 +207,14 @@ class Recipe:
             "rules": [rule.to_json() for rule in self.rules],
         }
 
+    def to_toml(self, comments: list[str | None]) -> str:
+        """Return the file that `parse_recipe` reads back as this recipe, with a comment above each rule, or None."""
+        lines = [f"{key} = {_toml(value)}" for key, value in self.to_json().items() if key != "rules"]
+        for rule, comment in zip(self.rules, comments, strict=True):
+            lines += ["", *([f"# {comment}"] if comment else []), "[[rule]]"]
+            lines += [f"{key} = {_toml(value)}" for key, value in rule.to_json().items()]
+        return "\n".join(lines)
+
 
 def load_recipe(name_or_path: str) -> Recipe:
     """Return a built-in recipe by name, or read a TOML file.
@@ -273,22 +282,30 @@ def _parse_rule(section: dict[str, Any], where: str) -> Rule:
         raise G4Error(f"{where}: {error.message}", hint=error.hint) from None
 
 
+def _toml(value: object) -> str:
+    """Write a value; regular expressions stay readable in '…', where TOML has no escapes."""
+    if isinstance(value, str) and "\\" in value and "'" not in value:
+        return f"'{value}'"
+    # JSON's texts, numbers, booleans and lists are TOML's too.
+    return json.dumps(value)
+
+
 def _known_keys(section: dict[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in section:
         if key not in known:
             raise G4Error(f"{where}: unknown key {key}.", hint=f"Known keys: {', '.join(known)}.")
 
 
-def _require(key: str, value: Any, good: bool, allowed: str) -> None:
+def _require(key: str, value: object, good: bool, allowed: str) -> None:
     if not good:
         raise G4Error(f"{key} is {value!r}; it must be {allowed}.")
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_layers_item(item: Any) -> None:
+def _check_layers_item(item: object) -> None:
     if _is_int(item) and item >= 0:
         return
     if isinstance(item, str):
