@@ -24,17 +24,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, window: int) -> T
         window: a query sees this many keys including itself; 0 means all earlier ones.
     Returns: [1, H, T, D] in q's dtype; scores and their softmax are float32.
     """
-    heads, tokens, head_dim = q.shape[1], q.shape[2], q.shape[3]
     kv_heads, slots = k.shape[1], k.shape[2]
-    grouped = q.reshape(kv_heads, heads // kv_heads * tokens, head_dim)
-    scores = torch.matmul(grouped, k[0].to(q.dtype).transpose(1, 2)).to(torch.float32)
-    scores = scores.view(kv_heads, heads // kv_heads, tokens, slots)
-    visible = visible_slots(input_pos, slots, window)
+    group, tokens, head_dim = q.shape[1] // kv_heads, q.shape[2], q.shape[3]
+    # Queries of one KV head side by side, so that no key is copied per query head.
+    grouped = q.reshape(kv_heads, group * tokens, head_dim)
+    scores = torch.bmm(grouped, k[0].to(q.dtype).transpose(1, 2)).to(torch.float32)
     # The smallest float instead of -inf: each query sees at least itself, so masked slots still get weight 0.
-    scores = torch.where(visible, scores, torch.finfo(torch.float32).min)
-    weights = torch.softmax(scores, dim=-1).to(q.dtype)
-    mixed = torch.matmul(weights.view(kv_heads, heads // kv_heads * tokens, slots), v[0].to(q.dtype))
-    return mixed.view(1, heads, tokens, head_dim)
+    scores = torch.where(
+        visible_slots(input_pos, slots, window), scores.unflatten(1, (group, tokens)), torch.finfo(torch.float32).min
+    )
+    weights = torch.softmax(scores, dim=-1).to(q.dtype).flatten(1, 2)  # [H_kv, group * T, S]
+    mixed = torch.bmm(weights, v[0].to(q.dtype))
+    # In two steps: one view to [1, H, T, D] makes torch.export guard on T.
+    return mixed.unflatten(1, (group, tokens)).flatten(0, 1).unsqueeze(0)
 
 
 def visible_slots(input_pos: Tensor, slots: int, window: int) -> Tensor:

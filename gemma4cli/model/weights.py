@@ -1,0 +1,276 @@
+"""Weights in: read a Hugging Face safetensors checkpoint tensor by tensor and fill a model on the meta device.
+
+A checkpoint is refused as a whole, before any weight is read, when a file is damaged or a shard, tensor or shape does
+not agree with `config.json`. What nothing here can see is a flipped bit inside a weight's data that leaves a finite
+number: only the hashes of a manifest find that (`g4 pull` writes and checks them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from gemma4cli.errors import G4Error
+from gemma4cli.files import read_json
+from gemma4cli.model.attention import Attend, attend
+from gemma4cli.model.config import Gemma4Config
+from gemma4cli.model.gemma4 import Gemma4
+from gemma4cli.model.kv_cache import CacheSpec
+from gemma4cli.progress import SILENT, Progress
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LM_HEAD = "lm_head.weight"
+
+# Multimodal checkpoints keep the text model here; text-only ones use our names already.
+_TEXT_PREFIX = "model.language_model."
+_SKIPPED_PREFIXES = ("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio.")
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DAMAGED_HINT = "The file is damaged or incomplete; fetch it again: g4 pull"
+
+
+class CheckpointReader(Protocol):
+    """Weights of one model, whatever file they come from; names are ours, tensors plain or torchao's."""
+
+    @property
+    def config(self) -> Gemma4Config: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+
+    def names(self) -> list[str]:
+        """Every tensor's name, in the order in which `stream` gives them."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Read every tensor once; none is kept here after the next one was asked for."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies: `key` is its name inside `file`."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class SafetensorsReader:
+    """A plain checkpoint folder: `config.json` and one `model.safetensors`, or shards with an index."""
+
+    def __init__(self, path: Path, progress: Progress = SILENT) -> None:
+        """Validate the whole checkpoint's structure; reads headers only.
+
+        Raises: G4Error naming the file, tensor, shape or key that is wrong.
+        """
+        if not path.is_dir():
+            raise G4Error(f"{path} is not a folder with a checkpoint.", hint="Fetch a model first: g4 pull")
+        self.config = Gemma4Config.from_dir(path)
+        found: dict[str, _Entry] = {}
+        skipped: set[str] = set()
+        for file, keys in _weight_files(path).items():
+            for key, entry in _read_header(file, keys).items():
+                prefix = next((prefix for prefix in _SKIPPED_PREFIXES if key.startswith(prefix)), None)
+                if prefix is not None:
+                    skipped.add(prefix)
+                    continue
+                name = _our_name(key)
+                if name in found:
+                    raise G4Error(f"{path}: {name} is there twice, in {found[name].file.name} and {file.name}.")
+                found[name] = entry
+        if skipped:
+            progress.note(f"Skipping {', '.join(sorted(skipped))}*: only the text model is used.")
+        expected = expected_shapes(self.config, untied=LM_HEAD in found)
+        check_shapes(expected, {name: entry.shape for name, entry in found.items()}, where=str(path))
+        self._entries = {name: found[name] for name in expected}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the text model's tensors in the files."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files that hold the text model."""
+        return sorted({entry.file for entry in self._entries.values()})
+
+    def names(self) -> list[str]:
+        """Every tensor's name, in the order in which the model uses them."""
+        return list(self._entries)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor is stored in, without reading it."""
+        return self._entries[name].dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """Map one tensor from its file, in the dtype it is stored in.
+
+        Raises: G4Error when it holds a NaN or an infinity.
+        """
+        entry = self._entries[name]
+        # Opened anew each time: pages of a mapping count as our memory until it is closed.
+        with safe_open(entry.file, framework="pt") as file:
+            tensor = file.get_tensor(entry.key)
+        check_finite(name, tensor, where=entry.file)
+        return tensor
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) for every tensor."""
+        for name in self._entries:
+            yield name, self.tensor(name)
+
+
+def build_model(
+    reader: CheckpointReader,
+    cache: CacheSpec,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    attend: Attend = attend,
+    prepare: Callable[[str, Tensor], Tensor] | None = None,
+    progress: Progress = SILENT,
+) -> Gemma4:
+    """Stream a checkpoint into a model, one tensor at a time.
+
+    Args:
+        reader: any checkpoint. A separate `lm_head.weight` in it unties the head, whatever the config says.
+        dtype: of activations and of plain weights. torchao tensors stay as they are unless `prepare` changes them.
+        device: where weights, caches and buffers go.
+        prepare: changes a tensor for a backend (a torchao tensor's class or layout) before it moves to the device.
+    Raises: G4Error naming an unmatched, missing or misshaped tensor.
+    """
+    with torch.device("meta"):
+        model = Gemma4(reader.config, cache, attend)
+    expected = expected_shapes(reader.config, untied=LM_HEAD in reader.names())
+    check_shapes(expected, dict.fromkeys(reader.names()), where="the checkpoint")
+    with progress.phase("load weights", reader.nbytes) as task:
+        for name, tensor in reader.stream():
+            check_shapes({name: expected[name]}, {name: tuple(tensor.shape)}, where="the checkpoint")
+            task.advance(tensor.nbytes, name)
+            prepared = tensor if prepare is None else prepare(name, tensor)
+            is_plain = type(prepared) is Tensor
+            _assign(model, name, prepared.to(device, dtype) if is_plain else prepared.to(device))
+    if LM_HEAD not in expected:
+        model.tie_lm_head()
+    _place_buffers(model, torch.device(device))
+    return model.eval().requires_grad_(False)
+
+
+def expected_shapes(config: Gemma4Config, *, untied: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes a checkpoint must have, with `lm_head.weight` when it has one of its own."""
+    shapes = config.parameter_shapes()
+    if untied:
+        shapes[LM_HEAD] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def check_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...] | None], *, where: str) -> None:
+    """Compare a checkpoint's tensors with a config's; a found shape of None is not compared.
+
+    Raises: G4Error naming the first tensors that are unmatched, missing or misshaped.
+    """
+    hint = "config.json and the weights belong to different models, or the download is incomplete: g4 pull"
+    if unmatched := [name for name in found if name not in expected]:
+        raise G4Error(
+            f"{where}: {_some(unmatched)} does not belong to the model that config.json describes.", hint=hint
+        )
+    if missing := [name for name in expected if name not in found]:
+        raise G4Error(f"{where}: {_some(missing)} is missing.", hint=hint)
+    for name, shape in found.items():
+        if shape is not None and shape != expected[name]:
+            raise G4Error(
+                f"{where}: {name} has shape {list(shape)}, but config.json makes it {list(expected[name])}.", hint=hint
+            )
+
+
+def check_finite(name: str, tensor: Tensor, *, where: Path) -> None:
+    """Refuse a weight with a NaN or an infinity: one of them turns every answer into noise."""
+    low, high = torch.aminmax(tensor)
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise G4Error(f"{where}: {name} holds a value that is not a finite number.", hint=_DAMAGED_HINT)
+
+
+def _weight_files(path: Path) -> dict[Path, set[str] | None]:
+    """Return each weight file with the names that the index expects in it, None when there is no index."""
+    single, index = path / WEIGHTS_FILE, path / INDEX_FILE
+    if single.exists() and index.exists():
+        raise G4Error(f"{path} has both {WEIGHTS_FILE} and {INDEX_FILE}.", hint="Remove the one that is a leftover.")
+    if single.exists():
+        return {single: None}
+    if not index.exists():
+        raise G4Error(f"{path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}.", hint="Fetch the model: g4 pull")
+    document = read_json(index)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise G4Error(f"{index} has no weight_map.", hint=_DAMAGED_HINT)
+    files: dict[Path, set[str] | None] = {}
+    for key, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise G4Error(f"{index} places {key} in {file!r}, which is not a file of this folder.")
+        if not (path / file).is_file():
+            raise G4Error(f"{path / file} does not exist, but {INDEX_FILE} places {key} in it.", hint=_DAMAGED_HINT)
+        files.setdefault(path / file, set()).add(key)
+    return files
+
+
+def _read_header(file: Path, keys: set[str] | None) -> dict[str, _Entry]:
+    """Read a safetensors header; the library checks its length, its JSON and that the data cover the file exactly."""
+    entries = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                view = opened.get_slice(key)
+                if view.get_dtype() not in _DTYPES:
+                    raise G4Error(
+                        f"{file}: {key} has dtype {view.get_dtype()}; a plain checkpoint has {', '.join(_DTYPES)}."
+                    )
+                entries[key] = _Entry(file, key, tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+    except SafetensorError as error:
+        raise G4Error(f"{file} is not a whole safetensors file: {error}.", hint=_DAMAGED_HINT) from None
+    if keys is not None and keys != set(entries):
+        lacking, extra = sorted(keys - set(entries)), sorted(set(entries) - keys)
+        what = f"lacks {_some(lacking)}" if lacking else f"also has {_some(extra)}"
+        raise G4Error(f"{file} does not agree with {INDEX_FILE}: it {what}.", hint=_DAMAGED_HINT)
+    return entries
+
+
+def _our_name(key: str) -> str:
+    return "model." + key.removeprefix(_TEXT_PREFIX) if key.startswith(_TEXT_PREFIX) else key
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+def _assign(model: Gemma4, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of the meta tensor called `name`, as what that one is: parameter or buffer."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if leaf in owner._buffers:
+        owner.register_buffer(leaf, tensor)
+    else:
+        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _place_buffers(model: Gemma4, device: torch.device) -> None:
+    """Allocate the caches and move what the model computed itself to the device."""
+    for cache in model.kv_caches():
+        cache.k = torch.zeros_like(cache.k, device=device)
+        cache.v = torch.zeros_like(cache.v, device=device)
+    model.model.embed_tokens.embed_scale = model.model.embed_tokens.embed_scale.to(device)
+    for rotary in model.model.rotary_emb.values():
+        rotary.inv_freq = rotary.inv_freq.to(device)
