@@ -66,6 +66,11 @@ def _examples(examples: Sequence[tuple[str, str]]) -> str:
     return "\n\n".join(["Examples:", *(f"\b\n# {what}\n{command}" for what, command in examples)])
 
 
+def command_modules() -> list[str]:
+    """The subcommands of this version, in the order of --help."""
+    return [name for name in _COMMANDS if importlib.util.find_spec(f"gemma4cli.commands.{name}") is not None]
+
+
 def build_app(*, completion: bool = True) -> typer.Typer:
     """Assemble the command line.
 
@@ -80,9 +85,7 @@ def build_app(*, completion: bool = True) -> typer.Typer:
         context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
     )
     app.callback(invoke_without_command=True, add_help_option=False)(g4)
-    for name in _COMMANDS:
-        if importlib.util.find_spec(f"gemma4cli.commands.{name}") is None:
-            continue
+    for name in command_modules():
         module = importlib.import_module(f"gemma4cli.commands.{name}")
         app.command(name.replace("_", "-"), epilog=_examples(module.EXAMPLES))(getattr(module, name))
     return app
@@ -102,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _abandon_stdout()
     except SystemExit as leaving:
         return _exit_code(leaving)
-    except Exception as error:  # noqa: BLE001 - this is the one boundary; unknown errors keep their traceback
+    except Exception as error:  # this is the one boundary; unknown errors keep their traceback
         return _report(error, arguments)
 
 

@@ -149,7 +149,7 @@ def _render_here(template: str, variables: Mapping[str, Any]) -> tuple[str, str]
         return "failed", f"is malformed in line {error.lineno}: {_sentence(error)}"
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a foreign program raises is that program's failure
+    except Exception as error:  # whatever a foreign program raises is that program's failure
         return "failed", f"failed with {type(error).__name__}: {_sentence(error)}"
 
 

@@ -2,7 +2,7 @@
 
 Encoding is the `tokenizers` library's. Decoding is per token, so that a stream of ids becomes a stream of text:
 byte-fallback tokens (`<0xE2>`) are collected until they make a whole character, and bytes that cannot become one are
-shown as U+FFFD as soon as that is certain. `decode` is the same walk over all ids, so streamed pieces always add up to it.
+shown as U+FFFD as soon as that is certain. `decode` is the same walk, so streamed pieces always add up to it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Tokenizer:
         _require_context_free(description.get("decoder"), path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a file it cannot parse
+        except Exception as error:  # the library raises bare Exception for a file it cannot parse
             raise G4Error(f"{damaged}: {error}.", hint="Fetch the file again.") from None
         return cls(backend, description, path)
 
