@@ -222,6 +222,8 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
         if not isinstance(file, str) or Path(file).name != file:
             raise G4Error(f"{index} places {key} in {file!r}, which is not a file of this folder.")
         if not (path / file).is_file():
+            if key.startswith(_SKIPPED_PREFIXES):
+                continue  # `g4 pull` leaves out shards that hold nothing else
             raise G4Error(f"{path / file} does not exist, but {INDEX_FILE} places {key} in it.", hint=_DAMAGED_HINT)
         files.setdefault(path / file, set()).add(key)
     return files
