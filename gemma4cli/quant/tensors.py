@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemma4cli.quant.gguf.tensors import GGUFInt4Tensor, GGUFIntxTensor
 from gemma4cli.quant.groupwise import Quantized
 from gemma4cli.quant.recipe import QuantSpec
 from gemma4cli.quant.torchao_types import Int4Tensor, IntxUnpackedToInt8Tensor
@@ -76,6 +77,8 @@ def is_quantized(tensor: Tensor) -> bool:
 
 def dequantize(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the values of a plain or quantized tensor; the arithmetic is float32 whatever `dtype`."""
+    if isinstance(tensor, GGUFInt4Tensor | GGUFIntxTensor):
+        return tensor.dequantize().to(dtype)  # bit-equal to GGUF's own formula, which scale and zero point are not
     if isinstance(tensor, Int4Tensor):
         codes, parameters = unpack_nibbles(tensor.qdata), (tensor.scale.t(), tensor.zero_point.t())
     elif isinstance(tensor, IntxUnpackedToInt8Tensor):

@@ -6,6 +6,7 @@ arrays of the final layout; so memory stays near the size of the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,14 +16,18 @@ from gguf.constants import GGMLQuantizationType as GGML
 from gguf.quants import dequantize as dequantize_by_gguf
 from torch import Tensor
 
+from gemma4cli.errors import G4Error
 from gemma4cli.quant.gguf.blocks import FLOAT_TYPES, FORMATS, BlockFormat
 from gemma4cli.quant.gguf.reader import GGUFTensor
 from gemma4cli.quant.gguf.tensors import GGUFInt4Tensor, GGUFIntxTensor
 from gemma4cli.quant.recipe import QuantSpec
-from gemma4cli.quant.tensors import MatrixBuilder
+from gemma4cli.quant.tensors import MatrixBuilder, dequantize
 from gemma4cli.quant.torchao_types import Int4Tensor, IntxUnpackedToInt8Tensor
 
-_SLAB_BYTES = 1 << 20
+# Small enough that a slab and its temporaries stay in the second-level cache.
+_SLAB_BYTES = 96 << 10
+_SAMPLE_WEIGHTS = 1 << 14
+_FLOAT_DTYPES = {GGML.F32: torch.float32, GGML.F16: torch.float16, GGML.BF16: torch.bfloat16}
 # What a type without a form of its own becomes.
 REQUANTIZED_AS = QuantSpec(bits=4, group_size=32, symmetric=False, method="min-max")
 
@@ -32,8 +37,57 @@ def convert_tensor(source: GGUFTensor, pool: ThreadPoolExecutor) -> Tensor:
     if source.type in FLOAT_TYPES:
         return _plain(source)
     if source.type in FORMATS:
-        return _Decoded(source, FORMATS[source.type]).run(pool)
+        return _decode(source, pool)
     return _requantize(source, pool)
+
+
+def empty_tensor(source: GGUFTensor) -> Tensor:
+    """Return what `convert_tensor` will make of it, without data: the same class, shapes and dtypes on "meta"."""
+    if source.type in FLOAT_TYPES:
+        return torch.empty(source.shape, dtype=_FLOAT_DTYPES[source.type], device="meta")
+    if source.type in FORMATS:
+        return _assemble(source, FORMATS[source.type], *_parts(source, FORMATS[source.type], torch.device("meta")))
+    return MatrixBuilder(_matrix(source), REQUANTIZED_AS, "meta").finish()
+
+
+def measured_error(source: GGUFTensor, tensor: Tensor) -> float:
+    """Return |stored - original| / |original| with gguf-py's decoder as the original (0 for a tensor of zeros).
+
+    Where codes and scales are kept there is nothing to average: some rows, spread over the tensor, show it. A type that
+    is quantized again is measured in full.
+    """
+    if source.type in FLOAT_TYPES:
+        return 0.0
+    everything = source.type not in FORMATS
+    rows = max(1, _SAMPLE_WEIGHTS // source.shape[1])
+    starts = range(0, source.rows, rows if everything else max(rows, source.rows // 4))
+    error = norm = 0.0
+    for start in starts:
+        stop = min(start + rows, source.rows)
+        reference = torch.from_numpy(reference_rows(source, start, stop))
+        error += float((dequantize(_some_rows(tensor, start, stop)) - reference).square_().sum(dtype=torch.float64))
+        norm += float(reference.square().sum(dtype=torch.float64))
+    return math.sqrt(error / norm) if norm else 0.0
+
+
+def _some_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Cut rows out of a quantized matrix; torchao's own slicing does not know our classes."""
+    rows = slice(start, stop)
+    if isinstance(tensor, GGUFInt4Tensor):
+        sub = None if tensor.sub is None else tensor.sub[rows]
+        shape = torch.Size((stop - start, tensor.shape[1]))
+        return GGUFInt4Tensor(tensor.qdata[rows], tensor.step[rows], tensor.block_size, shape, sub)
+    if isinstance(tensor, GGUFIntxTensor):
+        sub = None if tensor.sub is None else tensor.sub[rows]
+        return GGUFIntxTensor(tensor.qdata[rows], tensor.step[rows], tensor.target_dtype, tensor.block_size, sub)
+    if isinstance(tensor, Int4Tensor):
+        shape = torch.Size((stop - start, tensor.shape[1]))
+        scale, zero_point = tensor.scale[:, rows], tensor.zero_point[:, rows]
+        return Int4Tensor(tensor.qdata[rows], scale, zero_point, tensor.block_size, shape)
+    return IntxUnpackedToInt8Tensor(
+        tensor.qdata[rows], tensor.scale[rows], tensor.zero_point[rows], tensor.target_dtype, tensor.block_size,
+        tensor.dtype, None,
+    )  # fmt: skip
 
 
 def reference_rows(source: GGUFTensor, start: int, stop: int) -> np.ndarray:
@@ -43,7 +97,7 @@ def reference_rows(source: GGUFTensor, start: int, stop: int) -> np.ndarray:
 
 
 def slabs(source: GGUFTensor) -> Iterator[tuple[int, int]]:
-    """Cut a tensor's rows into pieces of about a megabyte."""
+    """Cut a tensor's rows into pieces of about `_SLAB_BYTES`."""
     step = max(1, _SLAB_BYTES * source.rows // source.nbytes)
     for start in range(0, source.rows, step):
         yield start, min(start + step, source.rows)
@@ -59,50 +113,68 @@ def _plain(source: GGUFTensor) -> Tensor:
     return (values.view(torch.bfloat16) if source.type == GGML.BF16 else values).view(source.shape)
 
 
-class _Decoded:
-    """The arrays of one tensor while its slabs are decoded into them."""
+def _matrix(source: GGUFTensor) -> tuple[int, int]:
+    if len(source.shape) != 2:
+        raise G4Error(f"Tensor {source.name} of {source.file.path} has type {source.type.name} but is no matrix.",
+                      hint="The file is damaged; fetch it again.")  # fmt: skip
+    return source.shape
 
-    def __init__(self, source: GGUFTensor, block_format: BlockFormat) -> None:
-        rows, columns = source.shape
-        self.source, self.format = source, block_format
-        groups, blocks = columns // block_format.group_size, columns // block_format.block_size
-        pair = (2,) if block_format.has_min else ()
-        packed = block_format.bits == 4
-        self.codes = np.empty((rows, columns // 2 if packed else columns), np.uint8 if packed else np.int8)
-        self.sub = np.empty((rows, groups, *pair), np.int8) if block_format.two_level else None
-        self.step = np.empty((rows, blocks, *pair), np.float16)
 
-    def run(self, pool: ThreadPoolExecutor) -> Tensor:
-        _each_slab(self.source, self._decode, pool)
-        return self._tensor()
+def _parts(
+    source: GGUFTensor, block_format: BlockFormat, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Allocate (qdata, sub, step) of the shapes in tensors.py."""
+    rows, columns = _matrix(source)
+    packed = block_format.bits == 4
+    pair = (2,) if block_format.has_min else ()
+    groups, blocks = columns // block_format.group_size, columns // block_format.block_size
+    codes = torch.empty(
+        (rows, columns // 2 if packed else columns), dtype=torch.uint8 if packed else torch.int8, device=device
+    )
+    sub = torch.empty((rows, groups, *pair), dtype=torch.int8, device=device) if block_format.two_level else None
+    return codes, sub, torch.empty((rows, blocks, *pair), dtype=torch.float16, device=device)
 
-    def _decode(self, start: int, stop: int) -> None:
-        block_bytes = self.source.nbytes // self.source.rows // self.step.shape[1]
-        blocks = self.format.decode(self.source.blocks(start, stop).reshape(-1, block_bytes))
-        for target, part in ((self.codes, blocks.codes), (self.sub, blocks.sub), (self.step, blocks.step)):
+
+def _decode(source: GGUFTensor, pool: ThreadPoolExecutor) -> Tensor:
+    block_format = FORMATS[source.type]
+    parts = _parts(source, block_format, torch.device("cpu"))
+    arrays = [None if part is None else part.numpy() for part in parts]
+    block_bytes = source.nbytes // source.rows // parts[2].shape[1]
+
+    def work(start: int, stop: int) -> None:
+        blocks = block_format.decode(source.blocks(start, stop).reshape(-1, block_bytes))
+        for target, part in zip(arrays, (blocks.codes, blocks.sub, blocks.step), strict=True):
             if target is not None:
                 target[start:stop] = part.reshape(stop - start, *target.shape[1:])
 
-    def _tensor(self) -> Tensor:
-        qdata, step = torch.from_numpy(self.codes), torch.from_numpy(self.step)
-        sub = None if self.sub is None else torch.from_numpy(self.sub)
-        block_size, shape = [1, self.format.group_size], torch.Size(self.source.shape)
-        target_dtype = getattr(torch, f"int{self.format.bits}")
-        if self.format.has_min or self.format.two_level:
-            if self.format.bits == 4:
-                return GGUFInt4Tensor(qdata, step, block_size, shape, sub)
-            return GGUFIntxTensor(qdata, step, target_dtype, block_size, sub)
-        if self.format.bits == 4:
-            scale = step.t().contiguous()
-            return Int4Tensor(qdata, scale, torch.full_like(scale, 8), block_size, shape)
-        zero_point = torch.zeros(step.shape, dtype=torch.int8)
-        return IntxUnpackedToInt8Tensor(qdata, step, zero_point, target_dtype, block_size, torch.float32, None)
+    _each_slab(source, work, pool)
+    if not bool(parts[2].isfinite().all()):
+        raise G4Error(f"Tensor {source.name} of {source.file.path} has scales that are not finite numbers.",
+                      hint="The file is damaged; fetch it again.")  # fmt: skip
+    return _assemble(source, block_format, *parts)
+
+
+def _assemble(
+    source: GGUFTensor, block_format: BlockFormat, qdata: Tensor, sub: Tensor | None, step: Tensor
+) -> Tensor:
+    """Wrap the parts: in torchao's own classes when one float16 scale per group says it all, else in ours."""
+    block_size, shape = [1, block_format.group_size], torch.Size(source.shape)
+    target_dtype = getattr(torch, f"int{block_format.bits}")
+    if block_format.has_min or block_format.two_level:
+        if block_format.bits == 4:
+            return GGUFInt4Tensor(qdata, step, block_size, shape, sub)
+        return GGUFIntxTensor(qdata, step, target_dtype, block_size, sub)
+    if block_format.bits == 4:
+        scale = step.t().contiguous()
+        return Int4Tensor(qdata, scale, torch.full_like(scale, 8), block_size, shape)
+    zero_point = torch.zeros(step.shape, dtype=torch.int8, device=step.device)
+    return IntxUnpackedToInt8Tensor(qdata, step, zero_point, target_dtype, block_size, torch.float32, None)
 
 
 def _requantize(source: GGUFTensor, pool: ThreadPoolExecutor) -> Tensor:
     from gemma4cli.quant.groupwise import quantize
 
-    builder = MatrixBuilder(source.shape, REQUANTIZED_AS)
+    builder = MatrixBuilder(_matrix(source), REQUANTIZED_AS)
 
     def work(start: int, stop: int) -> None:
         builder.put(start, quantize(torch.from_numpy(reference_rows(source, start, stop)), REQUANTIZED_AS))

@@ -54,11 +54,16 @@ _CONFIG_NAMES = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer's part of the metadata, checked. `named` has the ids of bos, eos, … that the file gives."""
+    """The tokenizer's part of the metadata, checked.
+
+    `named` has the ids of bos, eos, … that the file gives; `useless_merges` counts pairs that make no token and are
+    left out, because they can never be applied.
+    """
 
     tokens: list[str]
     types: list[int]
     merges: list[tuple[str, str]]
+    useless_merges: int
     ids: dict[str, int]
     named: dict[str, int]
 
@@ -95,7 +100,8 @@ def read_vocabulary(gguf: GGUF) -> Vocabulary:
     for name, key in _NAMED_KEYS.items():
         if name in _REQUIRED_NAMES or keys.optional(key) is not None:
             named[name] = keys.token_id(key, len(tokens))
-    return Vocabulary(tokens, types, _merges(keys, ids), ids, named)
+    merges, useless_merges = _merges(keys, ids)
+    return Vocabulary(tokens, types, merges, useless_merges, ids, named)
 
 
 def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
@@ -136,15 +142,18 @@ def tokenizer_json(vocabulary: Vocabulary) -> bytes:
     return (json.dumps(json.loads(build_tokenizer(vocabulary).to_str()), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _merges(keys: _Keys, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Split "left right" pairs; both sides and the result must be tokens."""
-    merges = []
+def _merges(keys: _Keys, ids: dict[str, int]) -> tuple[list[tuple[str, str]], int]:
+    """Split "left right" pairs of tokens; return those that make a token, and how many do not."""
+    merges, useless = [], 0
     for index, text in enumerate(keys.listed("merges", str)):
         left, _, right = text.partition(" ")
-        if left not in ids or right not in ids or left + right not in ids:
-            raise keys.fail("merges", f"[{index}] is {text!r}, which does not join two tokens into a third")
-        merges.append((left, right))
-    return merges
+        if left not in ids or right not in ids:
+            raise keys.fail("merges", f"[{index}] is {text!r}, which are not two tokens")
+        if left + right in ids:
+            merges.append((left, right))
+        else:
+            useless += 1
+    return merges, useless
 
 
 class _Keys:

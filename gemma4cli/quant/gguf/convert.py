@@ -1,0 +1,230 @@
+"""GGUF -> quantized checkpoint: metadata becomes the model's files, tensors keep their codes.
+
+    metadata -> config.json, generation_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja  (plan)
+    tensors  -> layout on the meta device -> files and sizes, known exactly
+    blocks   -> codes and scales -> torchao tensor -> its place in a shard; the next tensor is decoded meanwhile  (run)
+
+What is kept exactly, and what is not, is in docs/gguf.md. Every tensor's error against gguf-py's decoder is measured
+and put into the manifest: on some rows where codes and scales are kept, on all of them where they are not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma4cli import __version__
+from gemma4cli.errors import G4Error
+from gemma4cli.files import require_absent
+from gemma4cli.model.config import Gemma4Config
+from gemma4cli.progress import SILENT, Progress, Task
+from gemma4cli.quant.checkpoint import SHARD_BYTES, CheckpointPlan, write_checkpoint
+from gemma4cli.quant.gguf.blocks import FLOAT_TYPES, FORMATS, REQUANTIZED_TYPES, SUPPORTED_TYPES
+from gemma4cli.quant.gguf.convert_tensor import (
+    REQUANTIZED_AS,
+    convert_tensor,
+    empty_tensor,
+    measured_error,
+)
+from gemma4cli.quant.gguf.keymap import match_tensors
+from gemma4cli.quant.gguf.metadata import chat_template, read_config, read_generation_config
+from gemma4cli.quant.gguf.reader import GGUF, GGUFTensor, open_gguf
+from gemma4cli.quant.gguf.tokenizer import read_vocabulary, tokenizer_config, tokenizer_json
+from gemma4cli.quant.manifest import (
+    CheckpointManifest,
+    ManifestHead,
+    TensorRecord,
+    Totals,
+    identify_source,
+)
+from gemma4cli.quant.shards import stored_bytes
+
+_LIBRARIES_BYTES = 450 << 20
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What a conversion will write, exact in every byte but the manifest's."""
+
+    gguf: GGUF
+    config: Gemma4Config
+    tensors: Mapping[str, GGUFTensor]
+    checkpoint: CheckpointPlan
+    own_sampling: bool
+    useless_merges: int
+
+    @property
+    def types(self) -> dict[str, int]:
+        """GGUF type -> number of tensors."""
+        counts = Counter(tensor.type.name for tensor in self.tensors.values())
+        return dict(sorted(counts.items()))
+
+    @property
+    def totals(self) -> Totals:
+        parameters = sum(math.prod(shape) for shape in self.config.parameter_shapes().values())
+        weight_bytes = self.checkpoint.weight_bytes
+        source_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        return Totals(parameters, source_bytes, weight_bytes, round(weight_bytes * 8 / parameters, 4))
+
+    @property
+    def peak_bytes(self) -> int:
+        """An upper estimate of the process's resident memory: the two largest neighbours, one decoded ahead."""
+        sizes = [stored_bytes(name, tensor) for name, tensor in self.checkpoint.layout.items()]
+        return _LIBRARIES_BYTES + max(map(sum, zip(sizes, [*sizes[1:], 0], strict=True)))
+
+
+def plan_conversion(paths: list[Path], *, shard_bytes: int = SHARD_BYTES) -> ConversionPlan:
+    """Validate the files and lay the result out; reads metadata only.
+
+    Raises: G4Error for a file that is damaged, incomplete, of another architecture or with a type we cannot decode.
+    """
+    gguf = open_gguf(paths)
+    _check_types(gguf)
+    vocabulary = read_vocabulary(gguf)
+    document = read_config(gguf, vocabulary)
+    try:
+        config = Gemma4Config.from_json(document)
+    except G4Error as error:
+        raise G4Error(f"{paths[0]}: {error.message}", hint=error.hint) from None
+    tensors = match_tensors(gguf, config)
+    generation, own_sampling = read_generation_config(gguf, vocabulary)
+    assets: dict[str, bytes | Path] = {
+        "config.json": _json(document),
+        "generation_config.json": _json(generation),
+        "tokenizer.json": tokenizer_json(vocabulary),
+        "tokenizer_config.json": _json(tokenizer_config(vocabulary)),
+    }
+    template = chat_template(gguf)
+    if template is not None:
+        assets["chat_template.jinja"] = template.encode()
+    layout = {name: empty_tensor(tensor) for name, tensor in tensors.items()}
+    checkpoint = CheckpointPlan(layout, assets, shard_bytes)
+    return ConversionPlan(gguf, config, tensors, checkpoint, own_sampling, vocabulary.useless_merges)
+
+
+def convert_gguf(
+    paths: list[Path],
+    target: Path,
+    *,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = SILENT,
+) -> CheckpointManifest:
+    """Convert a GGUF model into the checkpoint folder `target`; continues an earlier run that was cut short.
+
+    Raises: G4Error for anything wrong with the files, the target or the disk; `target` is then as it was.
+    """
+    require_absent(target, force)
+    plan = plan_conversion(paths, shard_bytes=shard_bytes)
+    for sentence in remarks(plan):
+        progress.note(sentence)
+    head = ManifestHead(
+        {"g4": __version__, "torch": torch.__version__, "torchao": version("torchao"), "gguf": version("gguf")},
+        identify_source("gguf", plan.gguf.paths[0], list(plan.gguf.paths), progress),
+        {"name": "gguf", "types": plan.types},
+        plan.totals,
+    )
+    with _Producer(plan) as producer:
+        return write_checkpoint(target, plan.checkpoint, head, producer.produce, force=force, progress=progress)
+
+
+def remarks(plan: ConversionPlan) -> list[str]:
+    """What the user should know about this file before it is converted."""
+    said = []
+    for kind in REQUANTIZED_TYPES:
+        if kind.name in plan.types:
+            said.append(
+                f"{plan.types[kind.name]} {kind.name} tensors have no form of their own here: they are quantized again "
+                f"to {REQUANTIZED_AS.bits} bits in groups of {REQUANTIZED_AS.group_size}, and the error is measured."
+            )
+    if plan.useless_merges:
+        said.append(f"{plan.useless_merges} of the tokenizer's merges make no token and are left out.")
+    if "chat_template.jinja" not in plan.checkpoint.assets:
+        said.append("The file has no chat template; g4 run can use this model with --raw only.")
+    if not plan.own_sampling:
+        said.append("The file has no sampling defaults; Gemma 4's are used (temperature 1, top-k 64, top-p 0.95).")
+    return said
+
+
+class _Producer:
+    """Decodes tensors in the order of the plan, one ahead of the one being written."""
+
+    def __init__(self, plan: ConversionPlan) -> None:
+        self._plan = plan
+        self._names = list(plan.tensors)
+        self._next: dict[str, Future[tuple[Tensor, TensorRecord]]] = {}
+
+    def __enter__(self) -> _Producer:
+        self._pool = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
+        self._ahead = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ahead.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
+
+    def produce(self, name: str, task: Task) -> tuple[Tensor, TensorRecord]:
+        """Return one tensor and its record; resumed runs skip names, so what is ahead is looked up by name."""
+        future = self._next.pop(name, None) or self._ahead.submit(self._convert, name)
+        position = self._names.index(name) + 1
+        if position < len(self._names):
+            following = self._names[position]
+            self._next[following] = self._ahead.submit(self._convert, following)
+        tensor, record = future.result()
+        task.advance(stored_bytes(name, tensor), name)
+        return tensor, record
+
+    def _convert(self, name: str) -> tuple[Tensor, TensorRecord]:
+        source = self._plan.tensors[name]
+        tensor = convert_tensor(source, self._pool)
+        stored = stored_bytes(name, self._plan.checkpoint.layout[name])
+        error = measured_error(source, tensor)
+        source.drop_pages()
+        return tensor, _record(source, stored, error)
+
+
+def _record(source: GGUFTensor, stored: int, error: float) -> TensorRecord:
+    if source.type in FORMATS:
+        kept = FORMATS[source.type]
+        name, group = f"int{kept.bits}", kept.group_size
+    elif source.type in FLOAT_TYPES:
+        name, group = _FLOAT_NAMES[source.type.name], None
+    else:
+        name, group = f"int{REQUANTIZED_AS.bits}", REQUANTIZED_AS.group_size
+    return TensorRecord(
+        name,
+        source.shape,
+        round(stored * 8 / math.prod(source.shape), 4),
+        group,
+        source.type.name,
+        float(f"{error:.6g}"),
+        round(-20 * math.log10(error), 3) if error else None,
+    )
+
+
+_FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _check_types(gguf: GGUF) -> None:
+    for tensor in gguf.tensors.values():
+        if tensor.type not in SUPPORTED_TYPES:
+            raise G4Error(
+                f"Tensor {tensor.name} of {tensor.file.path} has type {tensor.type.name}, which g4 does not decode.",
+                hint=f"Use a file with {', '.join(kind.name for kind in SUPPORTED_TYPES)}.",
+            )
+
+
+def _json(document: Any) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
