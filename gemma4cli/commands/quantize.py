@@ -119,7 +119,8 @@ def _rule_comment(rule: dict[str, Any]) -> str | None:
         return None
     if not rule["tensors"]:
         return "matches nothing in this model"
-    return f"{rule['tensors']} tensors at {rule['bits_per_weight']:.2f} bits per weight"
+    tensors = "1 tensor" if rule["tensors"] == 1 else f"{rule['tensors']} tensors"
+    return f"{tensors} at {rule['bits_per_weight']:.2f} bits per weight"
 
 
 def _two_digits(value: float | None) -> str | None:

@@ -221,11 +221,7 @@ def write_checkpoint(
     with atomic_directory(target, force=force, resume=True) as folder:
         finished = _finished_shards(folder, plan, head, progress)
         pending = [shard for shard in plan.shards if shard.file not in finished.files]
-        require_free_space(
-            target.parent,
-            sum(plan.files.values()) - sum(record.bytes for record in finished.files.values()),
-            f"The checkpoint {target.name}",
-        )
+        require_space(target, plan)
         manifest = finished
         with progress.phase("quantize", sum(shard.data_bytes for shard in pending)) as task:
             for shard in pending:
@@ -235,6 +231,16 @@ def write_checkpoint(
                     write_json(folder / MANIFEST_FILE, manifest.to_json())
         manifest = _write_rest(folder, plan, manifest)
     return manifest
+
+
+def require_space(target: Path, plan: CheckpointPlan) -> None:
+    """Refuse when the disk lacks room for what an earlier run has not written yet.
+
+    Cheap, so that a command can ask before it hashes a large source.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    there = sum((partial / shard.file).stat().st_size for shard in plan.shards if (partial / shard.file).is_file())
+    require_free_space(target.parent, sum(plan.files.values()) - there, f"The checkpoint {target.name}")
 
 
 def _write_shard(folder: Path, shard: ShardPlan, produce: Produce, task: Task) -> dict[str, TensorRecord]:

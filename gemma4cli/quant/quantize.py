@@ -29,6 +29,7 @@ from gemma4cli.quant.checkpoint import (
     CheckpointPlan,
     PlainCheckpoint,
     open_checkpoint,
+    require_space,
     write_checkpoint,
 )
 from gemma4cli.quant.groupwise import quantize
@@ -155,6 +156,7 @@ def quantize_checkpoint(
         raise G4Error(f"{target} would replace the model that is being quantized.", hint="Choose another --output.")
     compute = find_device(device)
     plan = plan_quantization(source, recipe, shard_bytes=shard_bytes, progress=progress)
+    require_space(target, plan.checkpoint)
     for number in recipe.unused_rules(plan.assignments):
         progress.note(f"Rule {number} of recipe {recipe.name} matches no tensor of this model.")
     by_name = {a.name: a for a in plan.assignments}

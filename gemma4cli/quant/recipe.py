@@ -287,7 +287,7 @@ def _toml(value: object) -> str:
     if isinstance(value, str) and "\\" in value and "'" not in value:
         return f"'{value}'"
     # JSON's texts, numbers, booleans and lists are TOML's too.
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _known_keys(section: dict[str, Any], known: tuple[str, ...], where: str) -> None:
