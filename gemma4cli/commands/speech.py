@@ -66,7 +66,7 @@ def interruptible(answering: Answering) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def speak(console: Console, answering: Answering, emit: Callable[[Piece], None]) -> Answer:
+def speak(answering: Answering, emit: Callable[[Piece], None]) -> Answer:
     """Run an answer to its end or to Ctrl-C."""
     with interruptible(answering):
         return answering.run(emit)
