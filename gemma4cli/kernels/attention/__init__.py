@@ -1,0 +1,121 @@
+"""Attention over a ring or flat cache: `g4::decode_attention` and `g4::prefill_attention`.
+
+Both read only what was written: positions are walked from the first the window shows to the last one, whatever the
+allocation. On a CPU both take the reference, so that exported graphs run without a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from gemma4cli.kernels.attention import decode, prefill, reference
+from gemma4cli.kernels.attention.cache import AttentionCache
+from gemma4cli.kernels.attention.configs import COMBINE_BLOCK_D, decode_config, prefill_config
+from gemma4cli.kernels.targets import current_target
+
+_SMALLEST_DOT = 16  # columns of the smallest tensor-core operand
+
+
+def attend(q: Tensor, r: Tensor | None, cache: AttentionCache, position: Tensor, window: int) -> Tensor:
+    """``reference.attention`` in q's dtype: q [H, T, D], r [H, T, R] for a folded cache, position [T] int64."""
+    op = decode_attention if q.shape[1] == 1 else prefill_attention
+    return op(
+        q, r, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.table, position, window, cache.folded
+    )  # fmt: skip
+
+
+def _widths(q: Tensor, r: Tensor | None) -> dict[str, int]:
+    head_dim = q.shape[-1]
+    rotated = head_dim if r is None else r.shape[-1]
+    return {
+        "D": head_dim,
+        "R": rotated,
+        "HALF": max(_SMALLEST_DOT, triton.next_power_of_2(head_dim // 2)),
+        "R_HALF": max(_SMALLEST_DOT, triton.next_power_of_2(rotated // 2)),
+    }
+
+
+@triton_op("g4::decode_attention", mutates_args={})
+def decode_attention(
+    q: Tensor,
+    r: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    table: Tensor | None,
+    position: Tensor,
+    window: int,
+    folded: bool,
+) -> Tensor:
+    """One query token: q [H, 1, D] and so on as in ``attend``; returns [H, 1, D]."""
+    heads, _, head_dim = q.shape
+    kv_heads, slots = v.shape[0], v.shape[1]
+    group = heads // kv_heads
+    config = decode_config(current_target(), head_dim)
+    partial = torch.empty((heads, config.splits, head_dim), dtype=torch.float32, device=q.device)
+    top = torch.empty((heads, config.splits), dtype=torch.float32, device=q.device)
+    total = torch.empty_like(top)
+    wrap_triton(decode.split)[(kv_heads, config.splits)](
+        q, q if r is None else r, k, k if k_scale is None else k_scale, v, v if v_scale is None else v_scale,
+        q if table is None else table, position, partial, top, total, slots,
+        WINDOW=window, GROUP=group, **_widths(q, r), SPLITS=config.splits, BLOCK_S=config.block_s,
+        ROWS=max(_SMALLEST_DOT, triton.next_power_of_2(group)), FOLDED=folded, TQ4=table is not None, DOT=tl.bfloat16,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    out = torch.empty_like(q)
+    wrap_triton(decode.combine)[(heads, triton.cdiv(head_dim, COMBINE_BLOCK_D))](
+        partial, top, total, out, D=head_dim, SPLITS=config.splits, BLOCK_D=COMBINE_BLOCK_D, num_warps=4
+    )
+    return out
+
+
+@triton_op("g4::prefill_attention", mutates_args={})
+def prefill_attention(
+    q: Tensor,
+    r: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    table: Tensor | None,
+    position: Tensor,
+    window: int,
+    folded: bool,
+) -> Tensor:
+    """A chunk of query tokens: q [H, T, D] and so on as in ``attend``; returns [H, T, D]."""
+    heads, tokens, head_dim = q.shape
+    kv_heads, slots = v.shape[0], v.shape[1]
+    group = heads // kv_heads
+    config = prefill_config(current_target(), head_dim)
+    out = torch.empty_like(q)
+    wrap_triton(prefill.attend)[(triton.cdiv(tokens, config.rows // group), kv_heads)](
+        q, q if r is None else r, k, k if k_scale is None else k_scale, v, v if v_scale is None else v_scale,
+        q if table is None else table, position, out, tokens, slots,
+        WINDOW=window, GROUP=group, **_widths(q, r), BLOCK_S=config.block_s, ROWS=config.rows,
+        FOLDED=folded, TQ4=table is not None, DOT=tl.bfloat16,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
+
+
+@decode_attention.register_kernel("cpu")
+@prefill_attention.register_kernel("cpu")
+def _cpu(
+    q: Tensor,
+    r: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    table: Tensor | None,
+    position: Tensor,
+    window: int,
+    folded: bool,
+) -> Tensor:
+    cache = AttentionCache(k, v, k_scale, v_scale, table, folded)
+    return reference.attention(q, r, cache, position, window).to(q.dtype)

@@ -1,0 +1,107 @@
+"""A chunk of query tokens against the cache they were just written to: causal, one pass, blocks above the diagonal skipped.
+
+Reads the same caches as ``decode.split`` (see there). The query heads that share a KV head are rows of one tile, so each
+key is loaded once for all of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gemma4cli.kernels.attention.decode import _half
+
+
+@triton.jit
+def _query_half(ptr, head, token, row_in, T, D: tl.constexpr, SECOND: tl.constexpr, WIDTH: tl.constexpr):
+    """Load one half of queries [H, T, D] for row-wise (head, token): [ROWS, WIDTH]."""
+    column = tl.arange(0, WIDTH)
+    mask = row_in[:, None] & (column < D // 2)[None, :]
+    address = (head.to(tl.int64) * T + token)[:, None] * D + SECOND * (D // 2) + column[None, :]
+    return tl.load(ptr + address, mask=mask, other=0.0)
+
+
+@triton.jit
+def attend(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    k_scale_ptr,
+    v_ptr,
+    v_scale_ptr,
+    table_ptr,
+    position_ptr,
+    out_ptr,
+    T,
+    S,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    R_HALF: tl.constexpr,
+    FOLDED: tl.constexpr,
+    TQ4: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """out [H, T, D] = attention of q [H, T, D] (and r [H, T, R]) at the consecutive positions `position` [T].
+
+    A program owns ROWS = tokens * GROUP rows of one KV head.
+    """
+    kv_head = tl.program_id(1)
+    TOKENS: tl.constexpr = ROWS // GROUP
+    token0 = tl.program_id(0) * TOKENS
+    row = tl.arange(0, ROWS)
+    token = token0 + row // GROUP
+    row_in = token < T
+    head = kv_head * GROUP + row % GROUP
+    base = tl.load(position_ptr)
+    query = base + token
+    last = base + tl.minimum(token0 + TOKENS, T) - 1
+    first = tl.maximum(base + token0 - WINDOW + 1, 0) if WINDOW > 0 else base * 0
+    q0 = _query_half(q_ptr, head, token, row_in, T, D, 0, HALF).to(DOT)
+    q1 = _query_half(q_ptr, head, token, row_in, T, D, 1, HALF).to(DOT)
+    if FOLDED:
+        r0 = _query_half(r_ptr, head, token, row_in, T, R, 0, R_HALF).to(DOT)
+        r1 = _query_half(r_ptr, head, token, row_in, T, R, 1, R_HALF).to(DOT)
+    top = tl.full([ROWS], -1e38, tl.float32)  # not -inf: a row may see nothing of the first block of its window
+    total = tl.zeros([ROWS], tl.float32)
+    acc0 = tl.zeros([ROWS, HALF], tl.float32)
+    acc1 = tl.zeros([ROWS, HALF], tl.float32)
+    for position0 in range(first, last + 1, BLOCK_S):
+        position = position0 + tl.arange(0, BLOCK_S)
+        inside = position <= last
+        slot = position % S
+        v0 = _half(v_ptr, v_scale_ptr, table_ptr, kv_head, slot, inside, S, D, 0, HALF, TQ4).to(DOT)
+        v1 = _half(v_ptr, v_scale_ptr, table_ptr, kv_head, slot, inside, S, D, 1, HALF, TQ4).to(DOT)
+        if FOLDED:
+            scores = tl.dot(q0, tl.trans(v0), input_precision="ieee")
+            scores = tl.dot(q1, tl.trans(v1), scores, input_precision="ieee")
+            k0 = _half(k_ptr, k_scale_ptr, table_ptr, kv_head, slot, inside, S, R, 0, R_HALF, TQ4).to(DOT)
+            k1 = _half(k_ptr, k_scale_ptr, table_ptr, kv_head, slot, inside, S, R, 1, R_HALF, TQ4).to(DOT)
+            scores = tl.dot(r0, tl.trans(k0), scores, input_precision="ieee")
+            scores = tl.dot(r1, tl.trans(k1), scores, input_precision="ieee")
+        else:
+            k0 = _half(k_ptr, k_scale_ptr, table_ptr, kv_head, slot, inside, S, D, 0, HALF, TQ4).to(DOT)
+            k1 = _half(k_ptr, k_scale_ptr, table_ptr, kv_head, slot, inside, S, D, 1, HALF, TQ4).to(DOT)
+            scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+            scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
+        seen = inside[None, :] & (position[None, :] <= query[:, None])
+        if WINDOW > 0:
+            seen = seen & (query[:, None] - position[None, :] < WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        keep = tl.exp(top - higher)
+        weight = tl.exp(scores - higher[:, None])
+        total = total * keep + tl.sum(weight, axis=1)
+        acc0 = tl.dot(weight.to(DOT), v0, acc0 * keep[:, None], input_precision="ieee")
+        acc1 = tl.dot(weight.to(DOT), v1, acc1 * keep[:, None], input_precision="ieee")
+        top = higher
+    column = tl.arange(0, HALF)
+    mask = row_in[:, None] & (column < D // 2)[None, :]
+    address = out_ptr + (head.to(tl.int64) * T + token)[:, None] * D + column[None, :]
+    inverse = 1.0 / total
+    tl.store(address, (acc0 * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(address + D // 2, (acc1 * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
