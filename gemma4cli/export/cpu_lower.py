@@ -1,0 +1,69 @@
+"""Turn the traced CPU model into an ExecuTorch program: `model.pte` (code) and `weights.ptd` (every constant)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, ExecutorchProgramManager, to_edge
+from executorch.exir.passes import MemoryPlanningPass
+from torch.export import ExportedProgram
+
+from gemma4cli.export.contract import DECODE, Contract
+from gemma4cli.export.xnnpack import delegate
+
+PROGRAM_FILE = "model.pte"
+WEIGHTS_FILE = "weights.ptd"
+
+
+def lower(programs: Mapping[str, ExportedProgram], contract: Contract) -> ExecutorchProgramManager:
+    """Lower both methods together, so that they share their caches and weights.
+
+    Raises: RuntimeError when a method would copy a cache instead of writing in place.
+    """
+    with _quiet():
+        methods = {}
+        for name, program in programs.items():
+            program = program.run_decompositions()
+            delegate(program, 1 if name == DECODE else contract.prefill_chunk, WEIGHTS_FILE.removesuffix(".ptd"))
+            methods[name] = program
+        edge = to_edge(
+            methods,
+            constant_methods={
+                name: torch.tensor(value) if isinstance(value, list) else value
+                for name, value in contract.constant_methods().items()
+            },
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        )
+        return edge.to_executorch(
+            ExecutorchBackendConfig(
+                # One instance for both methods: it is what places their caches at the same addresses.
+                memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
+                # Without it a write to a cache copies the whole cache, twice.
+                run_reinplace_pass=True,
+                emit_mutable_buffer_names=True,
+                external_constants=lambda node: WEIGHTS_FILE.removesuffix(".ptd"),
+            )
+        )
+
+
+def write(program: ExecutorchProgramManager, folder: Path) -> None:
+    """Write the two files."""
+    with open(folder / PROGRAM_FILE, "wb") as file:
+        program.write_to_file(file)
+    program.write_tensor_data_to_file(str(folder))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what ExecuTorch says about itself; each message is known and none concerns the user."""
+    with warnings.catch_warnings():
+        # Caches start empty by design: only their shape is stored.
+        warnings.filterwarnings("ignore", "Mutation on a buffer in the model is detected", UserWarning)
+        # ExecuTorch's own use of a torch name that is going away.
+        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
+        yield
