@@ -40,7 +40,8 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, document: Any) -> None:
     """Write JSON with a final newline, atomically (temporary file, flush to disk, rename)."""
-    temporary = path.with_name(f".{path.name}.partial")
+    # Named by process: two of them may write the workspace's state at once, and the later one wins whole.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(document, file, indent=2, ensure_ascii=False)
         file.write("\n")

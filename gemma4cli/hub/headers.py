@@ -105,9 +105,6 @@ def _inspect_folder(folder: Path) -> Contents:
             "cannot quantize.",
             hint="Take the original checkpoint in bfloat16 (g4 pull 31b) or a GGUF (g4 pull 31b-gguf).",
         )
-    from gemma4cli.model.weights import SafetensorsReader
-
-    SafetensorsReader(folder)  # every name and shape, as g4 quantize will want them
     names = Counter({_PLAIN_TYPES[dtype]: count for dtype, count in types.items()})
     return Contents("safetensors", _counted(names), sum(types.values()))
 

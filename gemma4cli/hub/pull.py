@@ -194,8 +194,14 @@ def _check(hub: Hub, main: Portion, selection: Selection) -> Contents:
     """Look into the files: those in the cache when they are all there, else a skeleton of the ones on the hub."""
     if all((main.snapshot / file.name).is_file() for file in main.files) and not any(main.missing.values()):
         return inspect(_opened(main, selection))
-    with tempfile.TemporaryDirectory(prefix="g4-pull-") as folder:
-        return peek(hub, main.source, selection, Path(folder))
+    try:
+        with tempfile.TemporaryDirectory(prefix="g4-pull-") as folder:
+            return peek(hub, main.source, selection, Path(folder))
+    except OSError as error:
+        raise G4Error(
+            f"The temporary folder {tempfile.gettempdir()} cannot be written: {error.strerror or error}.",
+            hint="Choose another one with TMPDIR; it needs little space, but must take large files with holes.",
+        ) from error
 
 
 def _opened(main: Portion, selection: Selection) -> Path:

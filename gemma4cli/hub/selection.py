@@ -90,12 +90,16 @@ def _safetensors(repo: str, names: list[str], read_index: Callable[[], object]) 
 def text_shards(repo: str, index: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split the shards of an index into those with text tensors and the others."""
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise G4Error(f"{INDEX} of {repo} has no weight_map.", hint="The repository is damaged.")
+    if not isinstance(weight_map, dict) or not all(map(_is_plain_name, weight_map.values())):
+        raise G4Error(f"{INDEX} of {repo} has no weight_map from tensors to files.", hint="The repository is damaged.")
     text = {shard for tensor, shard in weight_map.items() if is_text_tensor(tensor)}
     if not text:
         raise G4Error(f"{INDEX} of {repo} lists no text tensor.", hint="Only Gemma 4 text models are supported.")
     return tuple(sorted(text)), tuple(sorted(set(weight_map.values()) - text))
+
+
+def _is_plain_name(shard: object) -> bool:
+    return isinstance(shard, str) and PurePosixPath(shard).name == shard
 
 
 def _gguf_models(names: list[str]) -> dict[str, list[str]]:

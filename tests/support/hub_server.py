@@ -145,7 +145,8 @@ class HubServer:
     def find_blob(self, sha256: str) -> tuple[str, bytes] | None:
         for repo in self.repos.values():
             for name, data in repo.files.items():
-                if is_large(name) and repo.listed.get(name, {}).get("sha256", etag_of(name, data)) == sha256:
+                listed = repo.listed.get(name, {})
+                if is_large(name) and sha256 in (listed.get("sha256", etag_of(name, data)), listed.get("etag")):
                     return name, data
         return None
 
