@@ -16,6 +16,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +35,7 @@ from gemma4cli.files import (
 from gemma4cli.model.config import Gemma4Config
 from gemma4cli.model.weights import LM_HEAD, CheckpointReader, SafetensorsReader, expected_shapes
 from gemma4cli.progress import SILENT, Progress, Task
+from gemma4cli.quant.gguf import tensors as _gguf_tensors  # noqa: F401 - lets torchao rebuild its classes
 from gemma4cli.quant.manifest import MANIFEST_FILE, CheckpointManifest, FileRecord, ManifestHead, TensorRecord
 from gemma4cli.quant.shards import ShardPlan, ShardWriter, plan_shards, shard_index
 from gemma4cli.quant.torchao_types import unflatten_tensor_state_dict
@@ -210,6 +212,7 @@ def write_checkpoint(
     *,
     force: bool = False,
     progress: Progress = SILENT,
+    label: str = "quantize",
 ) -> CheckpointManifest:
     """Write a quantized checkpoint, one tensor in memory at a time; nothing is at `target` before all of it is there.
 
@@ -222,15 +225,30 @@ def write_checkpoint(
         finished = _finished_shards(folder, plan, head, progress)
         pending = [shard for shard in plan.shards if shard.file not in finished.files]
         require_space(target, plan)
-        manifest = finished
-        with progress.phase("quantize", sum(shard.data_bytes for shard in pending)) as task:
+        book = _Book(folder, plan, finished)
+        # A shard is hashed and entered into the manifest while the next one is being written.
+        with progress.phase(label, sum(shard.data_bytes for shard in pending)) as task, ThreadPoolExecutor(1) as clerk:
+            entries = []
             for shard in pending:
                 records = _write_shard(folder, shard, produce, task)
-                manifest = _with_shard(plan, manifest, folder / shard.file, records)
-                with _explained(folder / MANIFEST_FILE):
-                    write_json(folder / MANIFEST_FILE, manifest.to_json())
-        manifest = _write_rest(folder, plan, manifest)
-    return manifest
+                entries.append(clerk.submit(book.enter, shard, records))
+            for entry in entries:
+                entry.result()
+        return _write_rest(folder, plan, book.manifest)
+
+
+class _Book:
+    """The manifest on disk of a run that is under way."""
+
+    def __init__(self, folder: Path, plan: CheckpointPlan, manifest: CheckpointManifest) -> None:
+        self.manifest = manifest
+        self._folder, self._plan = folder, plan
+
+    def enter(self, shard: ShardPlan, records: Mapping[str, TensorRecord]) -> None:
+        """Add a finished shard; from then on a later run keeps it."""
+        self.manifest = _with_shard(self._plan, self.manifest, self._folder / shard.file, records)
+        with _explained(self._folder / MANIFEST_FILE):
+            write_json(self._folder / MANIFEST_FILE, self.manifest.to_json())
 
 
 def require_space(target: Path, plan: CheckpointPlan) -> None:

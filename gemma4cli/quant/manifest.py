@@ -28,10 +28,10 @@ _HUB_FOLDER = re.compile(r"models--(.+)")
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be."""
+    """What a file must be. `sha256` is None for a source that was not read as a whole only to be hashed (GGUF)."""
 
     bytes: int
-    sha256: str
+    sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -133,23 +133,31 @@ class CheckpointManifest:
         return cls.from_json(read_json(path), str(path))
 
 
-def identify_source(kind: str, path: Path, files: list[Path], progress: Progress = SILENT) -> SourceRecord:
-    """Name and hash what is about to be quantized.
+def identify_source(
+    kind: str, path: Path, files: list[Path], progress: Progress = SILENT, *, known_hashes_only: bool = False
+) -> SourceRecord:
+    """Name and hash what is about to be quantized: a folder, or a GGUF file.
 
     In a Hugging Face cache (`models--OWNER--NAME/snapshots/COMMIT/`) name, commit and hashes are read off the layout:
     large files there are links to blobs named by their SHA-256.
     """
     name, revision = path.resolve().name, None
-    if path.parent.name == "snapshots" and (hub := _HUB_FOLDER.fullmatch(path.parent.parent.name)):
-        name, revision = hub[1].replace("--", "/"), path.name
-    records = {file.name: FileRecord(file.stat().st_size, _sha256(file, progress)) for file in sorted(files)}
+    folder = path if path.is_dir() else path.parent
+    if folder.parent.name == "snapshots" and (hub := _HUB_FOLDER.fullmatch(folder.parent.parent.name)):
+        name, revision = hub[1].replace("--", "/"), folder.name
+    records = {}
+    for file in sorted(files):
+        sha256 = _known_sha256(file)
+        if sha256 is None and not known_hashes_only:
+            sha256 = sha256_file(file, progress)
+        records[file.name] = FileRecord(file.stat().st_size, sha256)
     return SourceRecord(kind, name, revision, records)
 
 
-def _sha256(file: Path, progress: Progress) -> str:
+def _known_sha256(file: Path) -> str | None:
     blob = file.resolve()
     known = file.is_symlink() and blob.parent.name == "blobs" and _HEX64.fullmatch(blob.name)
-    return blob.name if known else sha256_file(file, progress)
+    return blob.name if known else None
 
 
 def _records(kind: type[R], sections: Mapping[str, Any]) -> dict[str, R]:

@@ -203,7 +203,7 @@ def _q6_k(block: np.ndarray) -> Blocks:
     return Blocks(_join_runs([code - np.uint8(32) for code in codes]), sub, _half(block, 208))
 
 
-# The non-uniform 4-bit grid's points are whole numbers: a byte of two codes -> the value of its low and of its high one.
+# The points of the non-uniform 4-bit grid are whole numbers. A byte of two codes -> its low and its high code's point.
 _IQ4_LOW, _IQ4_HIGH = (
     np.array(IQ4_NL.kvalues, np.int8)[codes].tobytes() for codes in (np.arange(256) & 15, np.arange(256) >> 4)
 )

@@ -132,12 +132,14 @@ def convert_gguf(
         progress.note(sentence)
     head = ManifestHead(
         {"g4": __version__, "torch": torch.__version__, "torchao": version("torchao"), "gguf": version("gguf")},
-        identify_source("gguf", plan.gguf.paths[0], list(plan.gguf.paths), progress),
-        {"name": "gguf", "types": plan.types},
+        identify_source("gguf", plan.gguf.paths[0], list(plan.gguf.paths), known_hashes_only=True),
+        {"name": "gguf", "types": plan.types, "fingerprint": plan.gguf.fingerprint},
         plan.totals,
     )
     with _Producer(plan) as producer:
-        return write_checkpoint(target, plan.checkpoint, head, producer.produce, force=force, progress=progress)
+        return write_checkpoint(
+            target, plan.checkpoint, head, producer.produce, force=force, progress=progress, label="convert"
+        )
 
 
 def remarks(plan: ConversionPlan) -> list[str]:
@@ -226,5 +228,5 @@ def _check_types(gguf: GGUF) -> None:
             )
 
 
-def _json(document: Any) -> bytes:
+def _json(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -120,9 +120,7 @@ def _matrix(source: GGUFTensor) -> tuple[int, int]:
     return source.shape
 
 
-def _parts(
-    source: GGUFTensor, block_format: BlockFormat, device: torch.device
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def _parts(source: GGUFTensor, block_format: BlockFormat, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
     """Allocate (qdata, sub, step) of the shapes in tensors.py."""
     rows, columns = _matrix(source)
     packed = block_format.bits == 4
@@ -154,9 +152,7 @@ def _decode(source: GGUFTensor, pool: ThreadPoolExecutor) -> Tensor:
     return _assemble(source, block_format, *parts)
 
 
-def _assemble(
-    source: GGUFTensor, block_format: BlockFormat, qdata: Tensor, sub: Tensor | None, step: Tensor
-) -> Tensor:
+def _assemble(source: GGUFTensor, block_format: BlockFormat, qdata: Tensor, sub: Tensor | None, step: Tensor) -> Tensor:
     """Wrap the parts: in torchao's own classes when one float16 scale per group says it all, else in ours."""
     block_size, shape = [1, block_format.group_size], torch.Size(source.shape)
     target_dtype = getattr(torch, f"int{block_format.bits}")

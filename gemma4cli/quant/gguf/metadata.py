@@ -19,7 +19,7 @@ from gguf.constants import GGMLQuantizationType as GGML
 from gemma4cli.errors import G4Error
 from gemma4cli.model.config import FULL, SLIDING
 from gemma4cli.quant.gguf.keymap import OUTPUT, ROPE_FREQS
-from gemma4cli.quant.gguf.reader import GGUF
+from gemma4cli.quant.gguf.reader import GGUF, Value
 from gemma4cli.quant.gguf.tokenizer import Vocabulary
 
 ARCHITECTURE = "gemma4"
@@ -128,7 +128,7 @@ def read_generation_config(gguf: GGUF, vocabulary: Vocabulary) -> tuple[dict[str
     return {**document, "do_sample": True, **(given or DEFAULT_SAMPLING)}, bool(given)
 
 
-def _sampling_value(gguf: GGUF, name: str, value: Any) -> float:
+def _sampling_value(gguf: GGUF, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise G4Error(f"{gguf.paths[0]}: general.sampling.{_SAMPLING_KEYS[name]} is {value!r}; it must be a number.")
     return value if isinstance(value, int) else _shortest(value)
@@ -143,7 +143,7 @@ def chat_template(gguf: GGUF) -> str | None:
 
 
 def check_rope_freqs(gguf: GGUF, global_head_dim: int) -> None:
-    """Refuse a `rope_freqs.weight` that is not Gemma 4's: 1 for the rotated pairs, 1e30 (never turns) for the others."""
+    """Refuse a `rope_freqs.weight` that is not Gemma 4's: 1 for the rotated pairs, 1e30 (no rotation) for the rest."""
     tensor = gguf.tensors.get(ROPE_FREQS)
     pairs = global_head_dim // 2
     if tensor is None:
@@ -192,7 +192,7 @@ class _Keys:
                 raise G4Error(f"{self._path}: unknown key {key}: g4 does not know whether it changes the model.",
                               hint="Use a dense Gemma 4 text model, or update g4.")  # fmt: skip
 
-    def get(self, key: str) -> Any:
+    def get(self, key: str) -> Value:
         if key not in self:
             raise self.fail(key, "is missing")
         return self._metadata[self._prefix + key]
@@ -213,7 +213,7 @@ class _Keys:
         if self.size(left) != self.size(right):
             raise self.contradiction(left, f"{self._prefix}{right} is {self.get(right)}")
 
-    def per_layer(self, key: str, count: int, good: Callable[[Any], bool], meaning: str) -> list[Any]:
+    def per_layer(self, key: str, count: int, good: Callable[[object], bool], meaning: str) -> list[Any]:
         values = self.get(key)
         if not isinstance(values, list) or not all(good(value) for value in values):
             raise self.fail(key, f"is {_brief(values)}; it must be a list of {meaning}")
@@ -223,7 +223,7 @@ class _Keys:
 
 
 def _layer_types(keys: _Keys, layers: int) -> list[str]:
-    pattern = keys.per_layer("attention.sliding_window_pattern", layers, lambda v: isinstance(v, bool), "true and false")
+    pattern = keys.per_layer("attention.sliding_window_pattern", layers, _is_boolean, "true and false")
     return [SLIDING if sliding else FULL for sliding in pattern]
 
 
@@ -251,7 +251,7 @@ def _k_eq_v(gguf: GGUF, layer_types: list[str]) -> bool:
     return not with_v
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -260,6 +260,10 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _brief(value: Any) -> str:
+def _is_boolean(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _brief(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:59] + "…"

@@ -12,6 +12,8 @@ are what they derive from: `qdata` has its codes and layout, `scale` and `zero_p
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -69,10 +71,10 @@ class _GroupScales:
 class GGUFInt4Tensor(_GroupScales, Int4Tensor):
     """Q4_1 and Q4_K. `qdata` uint8 [N, K / 2] as in Int4Tensor."""
 
-    tensor_data_names = ["qdata", "step"]
-    tensor_attribute_names = ["block_size", "shape"]
-    optional_tensor_data_names = ["sub"]
-    optional_tensor_attribute_names: list[str] = []
+    tensor_data_names: ClassVar[list[str]] = ["qdata", "step"]
+    tensor_attribute_names: ClassVar[list[str]] = ["block_size", "shape"]
+    optional_tensor_data_names: ClassVar[list[str]] = ["sub"]
+    optional_tensor_attribute_names: ClassVar[list[str]] = []
     act_pre_scale = None
     activation_dtype = torch.bfloat16
 
@@ -108,12 +110,12 @@ class GGUFInt4Tensor(_GroupScales, Int4Tensor):
 
 
 class GGUFIntxTensor(_GroupScales, IntxUnpackedToInt8Tensor):
-    """Q3_K, Q5_1, Q5_K, Q6_K and IQ4_XS. `qdata` int8 [N, K]; with a minimum the codes are centred (minus 2^(bits-1))."""
+    """Q3_K, Q5_1, Q5_K, Q6_K and IQ4_XS. `qdata` int8 [N, K]; codes with a minimum are centred (minus 2^(bits-1))."""
 
-    tensor_data_names = ["qdata", "step"]
-    tensor_attribute_names = ["target_dtype", "block_size"]
-    optional_tensor_data_names = ["sub"]
-    optional_tensor_attribute_names: list[str] = []
+    tensor_data_names: ClassVar[list[str]] = ["qdata", "step"]
+    tensor_attribute_names: ClassVar[list[str]] = ["target_dtype", "block_size"]
+    optional_tensor_data_names: ClassVar[list[str]] = ["sub"]
+    optional_tensor_attribute_names: ClassVar[list[str]] = []
     activation_quantization = None
 
     def __new__(

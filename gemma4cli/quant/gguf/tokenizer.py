@@ -17,7 +17,7 @@ from gguf.constants import TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gemma4cli.errors import G4Error
-from gemma4cli.quant.gguf.reader import GGUF
+from gemma4cli.quant.gguf.reader import GGUF, Value
 
 _MODEL = "gemma4"
 _PREFIX = "tokenizer.ggml."
@@ -166,10 +166,10 @@ class _Keys:
     def fail(self, key: str, what: str) -> G4Error:
         return G4Error(f"{self._path}: {_PREFIX}{key} {what}.", hint=_DAMAGED)
 
-    def optional(self, key: str) -> Any:
+    def optional(self, key: str) -> Value | None:
         return self._metadata.get(_PREFIX + key)
 
-    def get(self, key: str) -> Any:
+    def get(self, key: str) -> Value:
         if _PREFIX + key not in self._metadata:
             raise self.fail(key, "is missing")
         return self._metadata[_PREFIX + key]
