@@ -66,10 +66,12 @@ def keep(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
 def _threshold(scores: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """Return the largest t, up to the bisection's resolution, whose tokens scores >= t weigh at least `target`."""
     low = torch.full_like(target, -_RANGE, dtype=torch.float32)
-    nothing = torch.zeros_like(low)
     for halving in range(1, _HALVINGS + 1):
         middle = low + _RANGE * 2.0**-halving
-        reached = torch.where(scores >= middle, weight, nothing).sum(dim=-1, keepdim=True) >= target
+        # A difference, a comparison with a constant and a product: ExecuTorch compares and selects with broadcasting
+        # 3 to 6 times slower. The sign of a float difference is exact.
+        above = (scores - middle) >= 0.0
+        reached = (above * weight).sum(dim=-1, keepdim=True) >= target
         low = torch.where(reached, middle, low)
     return torch.where(low > -_RANGE, low, _NEVER)
 
