@@ -46,7 +46,7 @@ def _installed_runner() -> Path | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     for file in files:
-        if file.parts[-2:] == ("bin", RUNNER_NAME):
+        if file.parts[-3:] == ("gemma4cli", "bin", RUNNER_NAME):  # not the command of the same name
             return Path(str(file.locate()))
     return None
 
