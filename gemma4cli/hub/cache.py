@@ -169,9 +169,9 @@ class Partial:
         rest = memoryview(data)
         while rest:
             written = os.pwrite(self._data, rest, start + self.received[part])
-            self.received[part] += written
             rest = rest[written:]
-        os.pwrite(self._ledger, struct.pack("<Q", self.received[part]), 8 * (part + 1))
+            self.received[part] += written
+            os.pwrite(self._ledger, struct.pack("<Q", self.received[part]), 8 * (part + 1))
 
     def read(self, position: int, length: int) -> bytes:
         return os.pread(self._data, length, position)
