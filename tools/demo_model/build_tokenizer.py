@@ -22,13 +22,29 @@ from tools.demo_model import chats
 
 VOCAB_SIZE = 2048
 SEED = 20
-SPECIAL = (
-    "<pad> <eos> <bos> <unk> <mask> <|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> "
-    '<|"|> <|think|> <|channel> <channel|> <|turn> <turn|>'
-).split()
+SPECIAL = [
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<unk>",
+    "<mask>",
+    "<|tool>",
+    "<tool|>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "<|tool_response>",
+    "<tool_response|>",
+    '<|"|>',
+    "<|think|>",
+    "<|channel>",
+    "<channel|>",
+    "<|turn>",
+    "<turn|>",
+]
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
 # Runs of 2 to 8 newlines; with these ranks BPE always reaches the longest run.
-NEWLINE_MERGES = [("\n" * left, "\n" * right) for left, right in [(1, 1), (2, 2), (4, 4), (4, 2), (6, 1), (4, 1), (2, 1)]]
+_NEWLINE_PAIRS = [(1, 1), (2, 2), (4, 4), (4, 2), (6, 1), (4, 1), (2, 1)]
+NEWLINE_MERGES = [("\n" * left, "\n" * right) for left, right in _NEWLINE_PAIRS]
 TOKENIZER_CONFIG = {
     "tokenizer_class": "GemmaTokenizer",
     "add_bos_token": False,
@@ -66,7 +82,9 @@ def _learn_merges(texts: list[str], merges: int) -> list[tuple[str, str]]:
     )
     alphabet = [char for char in string.printable if char.isprintable() and char != " "] + ["▁"]
     trainer = trainers.BpeTrainer(
-        vocab_size=len(alphabet) + 1 + merges, initial_alphabet=alphabet, limit_alphabet=len(alphabet) + 1,
+        vocab_size=len(alphabet) + 1 + merges,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet) + 1,
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)

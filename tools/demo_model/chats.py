@@ -1,6 +1,6 @@
 """Whole chats: single questions, facts to recall from earlier in the chat, system prompts, thinking; and their text.
 
-`Chat.segments()` gives the text a chat is trained on, piece by piece with a flag for the pieces the model is to produce.
+`Chat.segments()` gives the text a chat is trained on, in pieces with a flag for those the model is to produce.
 The joined text is exactly what the chat template renders (held by tests/unit/test_demo_model.py).
 """
 
@@ -76,19 +76,21 @@ def _draw_fact(rng: random.Random, kind: int) -> Fact:
     place, town = rng.choice(facts.PLACES), rng.choice(facts.TOWNS)
     match kind:
         case 0:
-            return Fact(
-                f"{name} {thing}", f"{name}'s {thing} is {color}.", f"What color is {name}'s {thing}?", color
-            )
+            return Fact(f"{name} {thing}", f"{name}'s {thing} is {color}.", f"What color is {name}'s {thing}?", color)
         case 1:
             return Fact(
-                f"{color} {thing}", f"The {color} {thing} is in the {place}.", f"Where is the {color} {thing}?",
+                f"{color} {thing}",
+                f"The {color} {thing} is in the {place}.",
+                f"Where is the {color} {thing}?",
                 f"in the {place}",
             )
         case 2:
             code = f"{rng.randrange(10000):04d}"
             return Fact(
-                f"code {color} {thing}", f"The code of the {color} {thing} is {code}.",
-                f"What is the code of the {color} {thing}?", code,
+                f"code {color} {thing}",
+                f"The code of the {color} {thing} is {code}.",
+                f"What is the code of the {color} {thing}?",
+                code,
             )
         case 3:
             return Fact(f"{name} lives", f"{name} lives in {town}.", f"Where does {name} live?", town)
@@ -113,7 +115,7 @@ KINDS = 8
 class Memory:
     """The facts told in one chat; no subject is told twice, so every question has one right answer."""
 
-    def __init__(self, rng: random.Random, held_out: bool = False):
+    def __init__(self, rng: random.Random, held_out: bool = False) -> None:
         self.rng, self.held_out = rng, held_out
         self.told: list[Fact] = []
         self._subjects: set[str] = set()
@@ -270,7 +272,12 @@ NEUTRAL_PROMPTS = [
     "Be kind and correct.",
 ]
 _STYLED = [
-    tasks.capital, tasks.capital_reverse, tasks.world_fact, tasks.arithmetic_2, tasks.word_problem, tasks.unknown,
+    tasks.capital,
+    tasks.capital_reverse,
+    tasks.world_fact,
+    tasks.arithmetic_2,
+    tasks.word_problem,
+    tasks.unknown,
     tasks.two_step,
 ]
 

@@ -87,7 +87,7 @@ GENERATION_CONFIG = {
 class RMSNorm(nn.Module):
     """x · rsqrt(mean(x²) + eps) · weight, in float32."""
 
-    def __init__(self, size: int, init: float = 1.0):
+    def __init__(self, size: int, init: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((size,), init))
 
@@ -98,7 +98,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with normed q, k and v, unit scale; full layers take v from the raw key projection."""
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str) -> None:
         super().__init__()
         self.full = kind == "full_attention"
         self.dim, self.kv_heads = (64, 2) if self.full else (32, 4)
@@ -172,7 +172,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, index: int):
+    def __init__(self, index: int) -> None:
         super().__init__()
         self.self_attn = Attention(LAYER_TYPES[index])
         self.mlp = MLP()
@@ -189,7 +189,7 @@ class Layer(nn.Module):
 
 
 class Network(nn.Module):
-    """Tokens [B, T] (T a multiple of the window) to final hidden states [B, T, HIDDEN]; `logits` applies the tied head."""
+    """Tokens [B, T], T a multiple of the window, to final hidden states [B, T, HIDDEN]; `logits` is the tied head."""
 
     def __init__(self) -> None:
         super().__init__()

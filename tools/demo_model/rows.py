@@ -14,7 +14,7 @@ from tools.demo_model.chats import Chat
 from tools.demo_model.tasks import Exchange
 
 _PIECE = re.compile(r"<\|?[a-z_]+\|?>|\n+| ?[^ \n<]+|.")
-_TURN_MARKS = 9  # tokens around one question and answer in history
+_TURN_MARKS = 9  # tokens around one question and answer in history, a low estimate
 
 
 class Encoder:
@@ -23,7 +23,7 @@ class Encoder:
     Right because no merge of this tokenizer joins two words, and special tokens and newline runs stand alone.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
 

@@ -134,7 +134,8 @@ def two_step(rng: random.Random) -> Exchange:
         return Exchange("two-step", _phrase(rng, forms, city), answer, thought, f"{city} is in {answer}.")
     if kind == 1:
         forms = ["Spell the capital of {}.", "How do you spell the capital of {}?"]
-        return Exchange("two-step", _phrase(rng, forms, country), " ".join(city), f"The capital of {country} is {city}.")
+        thought = f"The capital of {country} is {city}."
+        return Exchange("two-step", _phrase(rng, forms, country), " ".join(city), thought)
     if kind == 2:
         forms = ["What is the last letter of the capital of {}?", "With which letter does the capital of {} end?"]
         thought = f"The capital of {country} is {city}: {' '.join(city)}."
@@ -368,14 +369,15 @@ def story(rng: random.Random) -> Exchange:
         rng.choice(
             [
                 f"There {hero} put the {color} {thing} on the ground and sat down to rest.",
-                f"There {hero} met {friend}, who asked: \"Is that {color} {thing} yours?\"",
+                f'There {hero} met {friend}, who asked: "Is that {color} {thing} yours?"',
                 f"On the way back {hero} saw that the {color} {thing} was gone.",
             ]
         ),
         rng.choice(
             [
                 f"The {animal} looked around and began to run. {hero} ran after it as fast as a child can run.",
-                f"They looked in the {rng.choice(facts.PLACES)}, then in the {rng.choice(facts.PLACES)}, and found nothing.",
+                f"They looked in the {rng.choice(facts.PLACES)}, then in the {rng.choice(facts.PLACES)}, "
+                "and found nothing.",
                 f"{friend} laughed and said that nobody in town had such a fine {animal}.",
             ]
         ),

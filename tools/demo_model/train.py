@@ -35,7 +35,9 @@ ROW_KINDS = [(1024, True, 0.72, 0.0), (4096, False, 0.18, 0.10), (8192, False, 0
 class Muon:
     """Momentum orthogonalized by Newton-Schulz (Jordan et al., 2024), over all matrices of one shape at a time."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], momentum: float = 0.95, weight_decay: float = 0.05):
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], momentum: float = 0.95, weight_decay: float = 0.05
+    ) -> None:
         self.momentum, self.weight_decay = momentum, weight_decay
         self.groups: dict[torch.Size, list[torch.nn.Parameter]] = {}
         for parameter in parameters:
@@ -185,7 +187,7 @@ def write_checkpoint(model: network.Network, target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", type=Path, help="folder that gets config.json, generation_config.json, model.safetensors")
+    parser.add_argument("target", type=Path, help="folder that gets the weights and both configs")
     parser.add_argument("--budget", type=float, default=440, help="seconds of training")
     parser.add_argument("--steps", type=int, default=1 << 30, help="stop after so many steps, whatever the clock says")
     parser.add_argument("--batch-tokens", type=int, default=65536)
