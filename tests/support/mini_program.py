@@ -1,7 +1,7 @@
-"""A toy bundle that obeys the method contract: a few thousand weights, exported in seconds, for tests of the runner.
+"""A toy bundle that obeys the method contract, for tests of the runner: a few thousand weights.
 
-One sliding and one full attention layer with real caches and `g4::attention`, a head delegated to XNNPACK, and a sampler
-whose choice depends on every sampling input, so that a swapped or forgotten one is seen. `MiniModel` is also the eager
+One sliding and one full attention layer with real caches and `g4::attention`, a head delegated to XNNPACK, and a
+sampler whose choice depends on every sampling input, so that a swapped or forgotten one is seen. `MiniModel` is also the eager
 reference: the runner's tokens must equal `reference_tokens`.
 """
 
@@ -14,7 +14,7 @@ import importlib.metadata
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def write_mini_bundle(folder: Path, edit: Callable[[Any], None] | None = None) -
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Keep the lowering's warnings out of the test report; it prints some of them."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
