@@ -62,7 +62,7 @@ CATALOG: tuple[Entry, ...] = (
         None,
         "safetensors",
         "tiny model that comes with g4, for trying every command",
-        (Variant(None, None, 8_000_000, False, "the installed package"),),
+        (Variant(None, None, 11_000_000, False, "the installed package"),),
     ),
     Entry(
         "31b",

@@ -30,7 +30,7 @@ _GGUF_PREFIXES = (1 << 20, 17 << 20, 96 << 20)
 
 @dataclass(frozen=True)
 class Contents:
-    """What a model is made of: `precision` names its tensor types, most frequent first."""
+    """What a model is made of: `precision` names its tensor types and how many there are, the weightiest first."""
 
     format: Literal["safetensors", "torchao", "gguf"]
     precision: str
@@ -162,6 +162,7 @@ def _torchao_types(shard: Path, metadata: dict[str, str]) -> dict[str, str]:
 
 def _peek_gguf(hub: Hub, source: Repository, selection: Selection, folder: Path) -> Contents:
     """Fetch growing prefixes of each part until its header is whole; then what is wrong is wrong with the file."""
+    from gemma4cli.quant.gguf.keymap import ROPE_FREQS
     from gemma4cli.quant.gguf.reader import GGUFFile
 
     for name in selection.weights:
@@ -170,11 +171,17 @@ def _peek_gguf(hub: Hub, source: Repository, selection: Selection, folder: Path)
             head += hub.read(source, file, len(head), length - len(head))
             _write_sparse(folder / name, head, file.size)
             try:
-                GGUFFile(folder / name)
+                tensors = GGUFFile(folder / name).tensors
                 break
             except G4Error as error:
                 if len(head) == file.size or length == _GGUF_PREFIXES[-1] or not head.startswith(b"GGUF"):
                     raise _renamed(error, folder, source) from None
+        if ROPE_FREQS in tensors:
+            # The one tensor whose values are checked; it has a kilobyte.
+            place = tensors[ROPE_FREQS]
+            with open(folder / name, "r+b") as skeleton:
+                skeleton.seek(place.offset)
+                skeleton.write(hub.read(source, file, place.offset, place.nbytes))
     try:
         return _inspect_gguf(folder / selection.weights[0])
     except G4Error as error:
@@ -182,13 +189,17 @@ def _peek_gguf(hub: Hub, source: Repository, selection: Selection, folder: Path)
 
 
 def _inspect_gguf(path: Path) -> Contents:
+    from gguf.constants import GGMLQuantizationType
+
     from gemma4cli.quant.gguf.blocks import SUPPORTED_TYPES
+    from gemma4cli.quant.gguf.keymap import match_tensors
+    from gemma4cli.quant.gguf.metadata import read_config
     from gemma4cli.quant.gguf.reader import open_gguf
+    from gemma4cli.quant.gguf.tokenizer import read_vocabulary
 
     gguf = open_gguf([path])
     architecture = gguf.metadata.get("general.architecture")
     types = Counter(tensor.type for tensor in gguf.tensors.values())
-    gguf.close()
     if architecture != "gemma4":
         raise G4Error(
             f"{path} is a model of architecture {architecture!r}; g4 runs gemma4.",
@@ -200,4 +211,15 @@ def _inspect_gguf(path: Path) -> Contents:
             f"{path} holds tensors of type {', '.join(unusable)}, which g4 cannot convert.",
             hint="Take another quantization, e.g. Q4_K_M.",
         )
-    return Contents("gguf", _counted(Counter({kind.name: count for kind, count in types.items()})), types.total())
+    document = read_config(gguf, read_vocabulary(gguf))
+    try:
+        config = Gemma4Config.from_json(document)
+    except G4Error as error:
+        raise G4Error(f"{path}: {error.message}", hint=error.hint) from None
+    match_tensors(gguf, config)
+    nbytes = Counter({kind.name: 0 for kind in types})
+    for tensor in gguf.tensors.values():
+        nbytes[tensor.type.name] += tensor.nbytes
+    gguf.close()
+    precision = ", ".join(f"{name} ({types[GGMLQuantizationType[name]]})" for name, _ in nbytes.most_common())
+    return Contents("gguf", precision, types.total())

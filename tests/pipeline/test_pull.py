@@ -10,16 +10,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFValueType
 from safetensors.torch import save_file
 
 from gemma4cli.hub.cache import RepoCache
 from gemma4cli.hub.client import Hub, RetryPolicy
 from gemma4cli.hub.download import fetch
 from gemma4cli.progress import SILENT
+from tests.support.gguf_writer import describe, write, write_split
 from tests.support.hub_server import Fault, HubServer, etag_of
 from tests.support.pulling import REPO, Machine, folder_files, small_gguf
 from tests.support.tiny import tiny_config_dict, write_checkpoint
@@ -180,42 +180,46 @@ class TestWhatIsFetched:
         assert any(request.host == "hub.invalid" for request in machine.hub.requests)
 
 
-class TestGGUF:
-    @pytest.fixture
-    def repository(self, machine: Machine, tmp_path: Path) -> dict[str, bytes]:
-        files = {
-            "m-Q4_0.gguf": small_gguf(tmp_path / "a.gguf"),
-            "m-Q8_0.gguf": small_gguf(tmp_path / "b.gguf", (GGMLQuantizationType.Q8_0,)),
-            "m-UD-Q4_K_XL.gguf": small_gguf(tmp_path / "c.gguf", (GGMLQuantizationType.Q4_K,)),
-            "mmproj-BF16.gguf": small_gguf(tmp_path / "d.gguf", architecture="clip"),
-            "README.md": b"# Model",
-        }
-        machine.hub.add(REPO, files)
-        return files
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("gguf")
+    checkpoint = write_checkpoint(folder / "checkpoint")
+    kinds = {"m-Q4_0": GGMLQuantizationType.Q4_0, "m-Q8_0": GGMLQuantizationType.Q8_0}
+    files = {f"{name}.gguf": write(folder / name, describe(checkpoint, kind)) for name, kind in kinds.items()}
+    files["m-UD-Q4_K_XL.gguf"] = files["m-Q8_0.gguf"]
+    projector = small_gguf(folder / "mmproj", architecture="clip")
+    return {
+        **{name: path.read_bytes() for name, path in files.items()},
+        "mmproj-BF16.gguf": projector,
+        "README.md": b"# Model",
+    }
 
+
+class TestGGUF:
     @pytest.mark.parametrize(
         ("selector", "name"),
         [("Q8_0", "m-Q8_0.gguf"), ("q4_k_xl", "m-UD-Q4_K_XL.gguf"), ("m-Q4_0.gguf", "m-Q4_0.gguf")],
     )
     def test_one_file_is_chosen(self, machine: Machine, repository: dict[str, bytes], selector: str, name: str) -> None:
+        machine.hub.add(REPO, repository)
         done = machine.pull(f"{REPO}:{selector}", "--quiet")
         assert done.returncode == 0, done.stderr
         assert fetched(machine) == {name}
         assert Path(done.stdout.strip()).read_bytes() == repository[name]
         assert machine.state()["model"]["path"] == done.stdout.strip()
 
-    def test_all_parts_of_a_split_file_come_along(self, machine: Machine, tmp_path: Path) -> None:
-        from gguf import GGUFWriter
+    def test_the_short_name_takes_its_default_quantization(
+        self, machine: Machine, repository: dict[str, bytes]
+    ) -> None:
+        files = {"gemma-4-31B-it-Q4_K_M.gguf": repository["m-Q8_0.gguf"], "gemma-4-31B-it-Q6_K.gguf": b"other"}
+        machine.hub.add("unsloth/gemma-4-31B-it-GGUF", files)
+        done = machine.pull("31b-gguf", "--quiet")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip().endswith("/gemma-4-31B-it-Q4_K_M.gguf")
 
-        writer = GGUFWriter(tmp_path / "s.gguf", "gemma4", split_max_tensors=1)
-        for index in range(3):
-            writer.add_tensor(f"blk.{index}.attn_norm.weight", np.ones(32, np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        parts = {f"BF16/{path.name}": path.read_bytes() for path in tmp_path.glob("s-*.gguf")}
-        assert len(parts) == 3
+    def test_all_parts_of_a_split_file_come_along(self, machine: Machine, tmp_path: Path) -> None:
+        model = describe(write_checkpoint(tmp_path / "checkpoint"))
+        parts = {f"BF16/{path.name}": path.read_bytes() for path in write_split(tmp_path / "s.gguf", model, 3)}
         machine.hub.add(REPO, parts)
         done = machine.pull(REPO, "--quiet")
         assert done.returncode == 0, done.stderr
@@ -223,17 +227,18 @@ class TestGGUF:
         assert done.stdout.strip().endswith("BF16/s-00001-of-00003.gguf")
 
     def test_a_header_longer_than_the_first_look_is_read_on(self, machine: Machine, tmp_path: Path) -> None:
-        data = small_gguf(tmp_path / "long.gguf", tokens=30_000)
-        assert data.find(b"blk.0.attn_q.weight") > 1 << 20
-        machine.hub.add(REPO, {"m.gguf": data})
+        model = describe(write_checkpoint(tmp_path / "checkpoint"))
+        model.metadata["general.description"] = ("long " * 300_000, GGUFValueType.STRING, None)
+        machine.hub.add(REPO, {"m.gguf": write(tmp_path / "m.gguf", model).read_bytes()})
         done = machine.pull(REPO, "--dry-run", "--json")
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["tensors"] == 2
+        assert json.loads(done.stdout)["tensors"] == 169
 
-    def test_the_type_is_known_without_the_download(self, machine: Machine, repository: dict[str, bytes]) -> None:
+    def test_the_types_are_known_without_the_download(self, machine: Machine, repository: dict[str, bytes]) -> None:
+        machine.hub.add(REPO, repository)
         document = json.loads(machine.pull(f"{REPO}:Q4_0", "--dry-run", "--json").stdout)
         assert document["format"] == "gguf"
-        assert document["precision"] == "Q4_0 (1), F32 (1)"
+        assert document["precision"] == "Q4_0 (83), F32 (86)"
 
 
 class TestQuantized:

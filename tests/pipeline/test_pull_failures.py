@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -19,6 +20,7 @@ from gemma4cli.hub.cache import RepoCache
 from gemma4cli.hub.client import Hub
 from gemma4cli.hub.download import fetch
 from gemma4cli.progress import SILENT
+from tests.support.gguf_writer import describe, write
 from tests.support.hub_server import Fault, HubServer, etag_of
 from tests.support.pulling import REPO, Machine, Outcome, folder_files, small_gguf
 from tests.support.tiny import tiny_config_dict, write_checkpoint
@@ -185,6 +187,17 @@ class TestTheNetwork:
             f"The connection to {machine.hub.endpoint} was lost while fetching model.safetensors of owner/model",
             "goes on where it stopped",
         )
+
+    def test_a_server_that_stalls_is_asked_again(
+        self, machine: Machine, checkpoint: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+        machine.hub.add(REPO, checkpoint)
+        machine.hub.fail(BIG, Fault(times=1))
+        machine.hub.fail(BIG, Fault(times=1, seconds_per_piece=1.0))
+        done = machine.pull(REPO)
+        assert done.returncode == 0, done.stderr
+        assert "Lost the connection for model.safetensors of owner/model; trying again in" in done.stderr
 
     def test_redirects_in_a_circle(self, machine: Machine, checkpoint: dict[str, bytes]) -> None:
         machine.hub.add(REPO, checkpoint)
@@ -381,6 +394,22 @@ class TestTheModelIsNotForUs:
     def test_a_gguf_type_that_cannot_be_converted(self, machine: Machine, tmp_path: Path) -> None:
         machine.hub.add(REPO, {"m.gguf": small_gguf(tmp_path / "m.gguf", (GGMLQuantizationType.IQ2_XXS,))})
         refused(machine.pull(REPO), f"{REPO}/m.gguf holds tensors of type IQ2_XXS", "another quantization, e.g. Q4_K_M")
+        untouched(machine)
+
+    @pytest.mark.parametrize(
+        ("name", "sentence"),
+        [
+            ("rope_freqs.weight", "is not Gemma 4's"),
+            ("blk.0.ffn_gate_exps.weight", "which no dense Gemma 4 text model has"),
+        ],
+    )
+    def test_a_gguf_of_another_gemma_4(self, machine: Machine, tmp_path: Path, name: str, sentence: str) -> None:
+        model = describe(write_checkpoint(tmp_path / "checkpoint"))
+        model.tensors[name] = np.full(16, 2.0, np.float32)
+        machine.hub.add(REPO, {"m.gguf": write(tmp_path / "m.gguf", model).read_bytes()})
+        done = machine.pull(REPO)
+        refused(done, sentence)
+        assert f"{REPO}/m.gguf" in done.stderr
         untouched(machine)
 
     def test_a_gguf_that_is_none(self, machine: Machine) -> None:
