@@ -1,7 +1,8 @@
 """Write GGUF files as llama.cpp's converter does, from a checkpoint folder, with the `gguf` package.
 
 `describe` turns a folder into metadata and float tensors; tests change either before `write` puts them into a file.
-Types that gguf-py can quantize are quantized by it; K-quants, which it can only decode, get random codes and sane scales.
+Types that gguf-py can quantize are quantized by it; K-quants, which it can only decode, get random codes.
+`pack` spells a file out byte by byte, for files that no writer would write.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,7 @@ _SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p"}
 
 @dataclass
 class Model:
-    """What goes into a file: key -> (value, type, item type of a list), GGUF tensor name -> float32 or (blocks, type)."""
+    """What goes into a file: key -> (value, type, item type of a list), tensor name -> floats or blocks, and type."""
 
     metadata: dict[str, tuple[Any, Value, Value | None]]
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
@@ -103,6 +106,38 @@ def random_blocks(kind: GGML, shape: tuple[int, int], rng: np.random.Generator) 
         steps = (rng.uniform(0.5, 1.5, len(blocks)) * rng.choice([-1, 1], len(blocks)) * 2e-4).astype("<f2")
         blocks[:, offset : offset + 2] = steps.view(np.uint8).reshape(-1, 2)
     return blocks.reshape(rows, -1)
+
+
+def string(text: str | bytes) -> bytes:
+    """Return a GGUF string: length and UTF-8."""
+    raw = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def key(name: str | bytes, kind: int, value: bytes) -> bytes:
+    """Return one metadata key."""
+    return string(name) + struct.pack("<I", kind) + value
+
+
+def tensor(name: str, dimensions: Sequence[int], kind: int, offset: int) -> bytes:
+    """Return one tensor's description."""
+    sizes = struct.pack(f"<{len(dimensions)}Q", *dimensions)
+    return string(name) + struct.pack("<I", len(dimensions)) + sizes + struct.pack("<IQ", kind, offset)
+
+
+def pack(
+    keys: Sequence[bytes] = (),
+    tensors: Sequence[bytes] = (),
+    data: bytes = b"",
+    *,
+    version: int = 3,
+    counts: tuple[int, int] | None = None,
+    alignment: int = 32,
+) -> bytes:
+    """Return a whole file; `counts` (tensors, keys) may lie."""
+    tensor_count, key_count = counts or (len(tensors), len(keys))
+    head = b"GGUF" + struct.pack("<IQQ", version, tensor_count, key_count) + b"".join(keys) + b"".join(tensors)
+    return head + bytes(-len(head) % alignment) + data
 
 
 def write(path: Path, model: Model) -> Path:
@@ -204,7 +239,14 @@ def _tokenizer_keys(folder: Path) -> dict[str, tuple[Any, Value, Value | None]]:
         "tokenizer.ggml.add_space_prefix": (False, Value.BOOL, None),
         "tokenizer.ggml.add_bos_token": (True, Value.BOOL, None),
     }
-    for key, name in {"bos": "bos", "eos": "eos", "eot": "eot", "unknown": "unk", "padding": "pad", "mask": "mask"}.items():
+    for key, name in {
+        "bos": "bos",
+        "eos": "eos",
+        "eot": "eot",
+        "unknown": "unk",
+        "padding": "pad",
+        "mask": "mask",
+    }.items():
         if f"{name}_token" in named:
             keys[f"tokenizer.ggml.{key}_token_id"] = (ids[named[f"{name}_token"]], Value.UINT32, None)
     return keys

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -140,6 +141,28 @@ def convert_gguf(
         return write_checkpoint(
             target, plan.checkpoint, head, producer.produce, force=force, progress=progress, label="convert"
         )
+
+
+def ensure_converted(path: Path, checkpoints: Path, progress: Progress = SILENT) -> Path:
+    """Return the checkpoint of a GGUF file under `checkpoints`, converting it there the first time.
+
+    The folder's name carries the file's fingerprint, so that another file of the same name is another checkpoint, and
+    the same file elsewhere is the same one.
+    """
+    gguf = open_gguf([path])
+    target = checkpoints / f"{model_name(path)}-{gguf.fingerprint[:12]}"
+    gguf.close()
+    if target.is_dir():
+        progress.note(f"Using {target}, converted from {path.name} earlier.")
+    else:
+        progress.note(f"Converting {path.name} to {target}.")
+        convert_gguf([path], target, progress=progress)
+    return target
+
+
+def model_name(path: Path) -> str:
+    """Return what to call a conversion: the file's name without .gguf and without the part's number."""
+    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name, flags=re.IGNORECASE)
 
 
 def remarks(plan: ConversionPlan) -> list[str]:
