@@ -1,6 +1,6 @@
 """Choose the next token inside the graph: temperature, top-k, top-p, min-p, and noise that depends on the seed only.
 
-Semantics and order are those of transformers' logits warpers: temperature, then top-k, top-p (of what top-k kept), min-p.
+Semantics and order are those of transformers' logits warpers: temperature, top-k, top-p (of what top-k kept), min-p.
 
 No sort: "the k best" and "the fewest tokens that reach mass p" are both "everything above a threshold", and the
 threshold is found by bisection, 3 passes over the vocabulary per halving, for any k, p and vocabulary, with shapes that
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Log-probabilities relative to the best token in which thresholds are sought. Noise spans -2.9 ... 22.9 (see `_gumbel`),
+# Log-probabilities relative to the best token in which thresholds are sought. Noise spans -2.9 to 22.9 (see `_gumbel`),
 # so a token 26 below the best cannot win; where no threshold is found within the range, nothing is filtered.
 _RANGE = 26.0
 # 26 / 2^24 = 1.5e-6, about one float32 step of a logit of 16: tokens whose probabilities agree to that count as equal.
