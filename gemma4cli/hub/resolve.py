@@ -55,7 +55,7 @@ def resolve(text: str, revision: str | None = None) -> ModelName:
     Raises:  G4Error for a path that does not exist, an unknown short name (with the closest one), a malformed name.
     """
     path = Path(text).expanduser()
-    if _looks_like_path(text) or (path.exists() and catalog.find(text) is None):
+    if _looks_like_path(text) or (text and path.exists() and catalog.find(text) is None):
         return _local(text, path, revision)
     base, selector, inline_revision = _split(text)
     if revision is not None and inline_revision is not None and revision != inline_revision:

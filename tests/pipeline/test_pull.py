@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
@@ -15,10 +16,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 from safetensors.torch import save_file
 
+from gemma4cli.errors import G4Error
 from gemma4cli.hub.cache import RepoCache
 from gemma4cli.hub.client import Hub, RetryPolicy
 from gemma4cli.hub.download import fetch
-from gemma4cli.progress import SILENT
+from gemma4cli.progress import SILENT, Progress, Task
 from tests.support.gguf_writer import describe, write, write_split
 from tests.support.hub_server import Fault, HubServer, etag_of
 from tests.support.pulling import REPO, Machine, folder_files, small_gguf
@@ -46,6 +48,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A whole model of 1.9 MB, with the files a repository has besides."""
     files = folder_files(write_checkpoint(tmp_path_factory.mktemp("checkpoint")))
     return {**files, "README.md": b"# Model", "pytorch_model.bin": b"pickle", ".gitattributes": b"* text"}
+
+
+class Recorder:
+    """A Progress that remembers every phase's total and what it counted to."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, int | None] = {}
+        self.done: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def phase(self, label: str, total: int | None, unit: str = "B") -> Iterator[Task]:
+        recorder = self
+
+        class Count:
+            def advance(self, amount: int, label_now: str | None = None) -> None:
+                recorder.done[label] += amount
+
+        self.totals[label], self.done[label] = total, 0
+        yield Count()
+
+    def note(self, message: str) -> None:
+        pass
 
 
 def fetched(machine: Machine) -> set[str]:
@@ -345,12 +369,14 @@ class TestInterruption:
 class TestParts:
     """The download itself, with parts small enough that a test has many."""
 
-    def download(self, hub: HubServer, data: bytes, cache: RepoCache, part_bytes: int = 10_000) -> bytes:
+    def download(
+        self, hub: HubServer, data: bytes, cache: RepoCache, part_bytes: int = 10_000, progress: Progress = SILENT
+    ) -> bytes:
         hub.add(REPO, {"m.gguf": data})
         client = Hub(hub.endpoint, policy=RetryPolicy(attempts=4, first_wait_s=0.005))
         source = client.repository(REPO, "main")
         snapshot = fetch(
-            client, source, list(source.files.values()), cache, SILENT, connections=4, part_bytes=part_bytes
+            client, source, list(source.files.values()), cache, progress, connections=4, part_bytes=part_bytes
         )
         return (snapshot / "m.gguf").read_bytes()
 
@@ -402,3 +428,20 @@ class TestParts:
             assert hub.served["m.gguf"] == 25_000
             starts = {request.start for request in hub.requests if request.path.startswith("/cdn")}
             assert starts == {15_000, 20_000, 40_000}
+
+    def test_progress_counts_each_byte_once_in_the_file_and_in_the_whole(self, tmp_path: Path) -> None:
+        data = random.Random(4).randbytes(50_000)
+        with HubServer() as hub:
+            hub.fail("m.gguf", Fault(times=6, cut_after=3_000))
+            hub.fail("m.gguf", Fault(times=40, status=404))
+            recorder = Recorder()
+            with pytest.raises(G4Error, match="HTTP 404"):
+                self.download(hub, data, RepoCache(REPO, tmp_path), progress=recorder)
+            first = recorder.done[f"pull {REPO}"]
+            assert first == recorder.done["m.gguf"]
+            assert recorder.totals == {f"pull {REPO}": 50_000, "m.gguf": 50_000}
+            hub.heal()
+            again = Recorder()
+            assert self.download(hub, data, RepoCache(REPO, tmp_path), progress=again) == data
+            assert again.totals == again.done == {f"pull {REPO}": 50_000 - first, "m.gguf": 50_000 - first}
+            assert 0 < first < 50_000
