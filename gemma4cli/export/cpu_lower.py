@@ -25,7 +25,7 @@ def lower(programs: Mapping[str, ExportedProgram], contract: Contract) -> Execut
 
     Raises: RuntimeError when a method would copy a cache instead of writing in place.
     """
-    with _quiet():
+    with quiet():
         methods = {}
         for name, program in programs.items():
             program = program.run_decompositions()
@@ -59,7 +59,7 @@ def write(program: ExecutorchProgramManager, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back what ExecuTorch says about itself; each message is known and none concerns the user."""
     with warnings.catch_warnings():
         # Caches start empty by design: only their shape is stored.

@@ -184,8 +184,11 @@ Error register_once() {
 const Error registered = register_once();
 
 }  // namespace
+
+extern const Error sample_registered;  // sample.cpp
+
 }  // namespace g4
 
 extern "C" __attribute__((visibility("default"))) int g4_kernels_registered() {
-  return g4::registered == executorch::runtime::Error::Ok;
+  return g4::registered == executorch::runtime::Error::Ok && g4::sample_registered == executorch::runtime::Error::Ok;
 }

@@ -1,0 +1,213 @@
+"""Gemma 4's parts as the CUDA backend computes them: packed weights, fused projections, caches in four formats.
+
+Every module here holds buffers only, of shapes that follow from the signature (config, weight formats, context, KV format):
+the program can be compiled before a single weight is read, and ``put_*`` fills the buffers afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gemma4cli.kernels import attention as attention_kernels
+from gemma4cli.kernels.attention import reference, turboquant
+from gemma4cli.kernels.attention.cache import AttentionCache
+from gemma4cli.kernels.quantized_matmul import quantized_matmul
+from gemma4cli.kernels.quantized_matmul.format import STEP_WIDTH, PackedWeight, WeightFormat, dequantize
+from gemma4cli.model.config import Gemma4Config, LayerConfig
+from gemma4cli.model.kv_cache import CacheSpec
+from gemma4cli.model.layers import RMSNorm, normalize
+from gemma4cli.model.rope import rotate
+
+KV_FORMATS = ("bf16", "folded", "tq4", "folded-tq4")  # from the most exact to the smallest
+_ROTATION_SEED = 0x6734
+
+
+class PackedMatrix(nn.Module):
+    """A packed weight [N, K] as buffers: `codes`, `high` (6-bit only), `sub`, `step`."""
+
+    def __init__(self, fmt: WeightFormat, rows: int, columns: int) -> None:
+        super().__init__()
+        self.format, self.rows, self.columns = fmt, rows, columns
+        levels = (2,) if fmt.has_min else ()
+        self.register_buffer("codes", torch.empty(rows, columns // (4 if fmt.bits == 8 else 8), dtype=torch.int32))
+        self.register_buffer("high", torch.empty(rows, columns // 16, dtype=torch.int32) if fmt.bits == 6 else None)
+        self.register_buffer("sub", torch.empty(rows, columns // fmt.group_size, *levels, dtype=torch.int8))
+        self.register_buffer("step", torch.empty(rows, -(-columns // STEP_WIDTH), *levels, dtype=torch.float16))
+
+    def put(self, weight: PackedWeight, row: int) -> None:
+        """Copy packed rows in; the first goes to `row`."""
+        for name in ("codes", "high", "sub", "step"):
+            part = getattr(weight, name)
+            if part is not None:
+                getattr(self, name)[row : row + part.shape[0]] = part
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [T, K] times the matrix transposed: [T, N]."""
+        fmt = self.format
+        return quantized_matmul(x, self.codes, self.high, self.sub, self.step, fmt.bits, fmt.group_size, fmt.has_min)
+
+    def rows_of(self, index: Tensor) -> Tensor:
+        """Return the rows `index` [T] as float32 [T, K]."""
+        high = None if self.high is None else self.high[index]
+        parts = (self.codes[index], high, self.sub[index], self.step[index])
+        return dequantize(PackedWeight(self.format, (index.shape[0], self.columns), *parts))
+
+
+class FusedLinear(nn.Module):
+    """Several projections of the same input: neighbours of one format are one matrix, read by one kernel.
+
+    Rows of a matrix do not meet in the kernels, so fusing changes no bit of the result.
+    """
+
+    def __init__(self, names: Sequence[str], formats: Sequence[WeightFormat], rows: Sequence[int], columns: int) -> None:
+        super().__init__()
+        self.rows = list(rows)
+        self.place: dict[str, tuple[int, int]] = {}  # name -> (matrix, first row)
+        self.matrices = nn.ModuleList()
+        sizes: list[int] = []
+        previous: WeightFormat | None = None
+        for name, fmt, count in zip(names, formats, rows, strict=True):
+            if fmt != previous:
+                sizes.append(0)
+            self.place[name] = (len(sizes) - 1, sizes[-1])
+            sizes[-1] += count
+            previous = fmt
+        starts = {matrix: formats[index] for index, (matrix, row) in enumerate(self.place.values()) if row == 0}
+        for matrix, size in enumerate(sizes):
+            self.matrices.append(PackedMatrix(starts[matrix], size, columns))
+
+    def put(self, name: str, weight: PackedWeight) -> None:
+        """Fill the projection `name`."""
+        matrix, row = self.place[name]
+        self.matrices[matrix].put(weight, row)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x [T, K] to one [T, rows] per projection, in order."""
+        outputs = [matrix.matmul(x) for matrix in self.matrices]
+        split: list[Tensor] = []
+        for (matrix, row), count in zip(self.place.values(), self.rows, strict=True):
+            split.append(outputs[matrix][:, row : row + count])
+        return split
+
+
+class CudaCache(nn.Module):
+    """One layer's keys and values in one of KV_FORMATS; sliding layers and layers without K = V are always bf16.
+
+    Buffers: `k`, `v` as ``AttentionCache`` describes, with their scales when TQ4.
+    """
+
+    def __init__(self, layer: LayerConfig, spec: CacheSpec, kv_format: str) -> None:
+        super().__init__()
+        self.slots = spec.slots(layer)
+        self.format = kv_format if layer.kind == "full_attention" else "bf16"
+        self.folded = self.format.startswith("folded") and layer.k_eq_v
+        self.is_tq4 = self.format.endswith("tq4")
+        self.rotated = 2 * int(layer.partial_rotary_factor * layer.head_dim // 2)
+        heads, width = layer.num_key_value_heads, self.rotated if self.folded else layer.head_dim
+        self.widths = (width, layer.head_dim)
+        for name, size in zip(("k", "v"), self.widths, strict=True):
+            shape, dtype = ((size // 2,), torch.uint8) if self.is_tq4 else ((size,), spec.dtype)
+            self.register_buffer(name, torch.zeros((heads, self.slots, *shape), dtype=dtype))
+            scale = torch.zeros((heads, self.slots), dtype=torch.float16) if self.is_tq4 else None
+            self.register_buffer(f"{name}_scale", scale)
+
+    def update(self, slot: Tensor, k: Tensor, v: Tensor, quantizer: TurboQuant | None) -> None:
+        """Write k [H_kv, T, width], v [H_kv, T, D] to `slot` [T]; `quantizer` for TQ4."""
+        for name, x in (("k", k), ("v", v)):
+            if quantizer is None:
+                getattr(self, name).index_copy_(1, slot, x.to(getattr(self, name).dtype))
+            else:
+                codes, scale = quantizer.encode(x)
+                getattr(self, name).index_copy_(1, slot, codes)
+                getattr(self, f"{name}_scale").index_copy_(1, slot, scale)
+
+
+class TurboQuant(nn.Module):
+    """The constants of TQ4 caches, shared by all layers: the codebook and one rotation per vector size."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("table", turboquant.normal_codebook().to(torch.float32))
+        for size in sorted(set(sizes)):
+            self.register_buffer(f"rotation_{size}", turboquant.random_rotation(size, _ROTATION_SEED))
+
+    def rotation(self, size: int) -> Tensor:
+        return getattr(self, f"rotation_{size}")
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return turboquant.encode(x, self.rotation(x.shape[-1]), self.table)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Bring a query into the cache's coordinates, in its dtype."""
+        return (x.to(torch.float32) @ self.rotation(x.shape[-1]).T).to(x.dtype)
+
+    def rotate_back(self, x: Tensor) -> Tensor:
+        return (x.to(torch.float32) @ self.rotation(x.shape[-1])).to(x.dtype)
+
+
+class CudaAttention(nn.Module):
+    """``model.layers.Attention`` on packed weights, with its cache in a KV format."""
+
+    def __init__(
+        self,
+        config: Gemma4Config,
+        layer: LayerConfig,
+        formats: dict[str, WeightFormat],
+        cache: CacheSpec,
+        kv_format: str,
+        quantizer: TurboQuant | None,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.window, self.eps = layer.head_dim, layer.window, config.rms_norm_eps
+        q_rows = config.num_attention_heads * layer.head_dim
+        kv_rows = layer.num_key_value_heads * layer.head_dim
+        names = ["q_proj", "k_proj"] + ([] if layer.k_eq_v else ["v_proj"])
+        rows = [q_rows] + [kv_rows] * (len(names) - 1)
+        self.qkv_proj = FusedLinear(names, [formats[name] for name in names], rows, config.hidden_size)
+        self.o_proj = PackedMatrix(formats["o_proj"], config.hidden_size, q_rows)
+        self.q_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
+        self.kv_cache = CudaCache(layer, cache, kv_format)
+        self.quantizer = [quantizer if self.kv_cache.is_tq4 else None]  # in a list: not a submodule of every layer
+
+    def forward(self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [T, hidden] to [T, hidden]."""
+        projected = [part.view(1, x.shape[0], -1, self.head_dim) for part in self.qkv_proj(x)]
+        raw_q, raw_k, raw_v = projected if len(projected) == 3 else (*projected, projected[1])
+        q = rotate(self.q_norm(raw_q), cos, sin)[0].transpose(0, 1).contiguous()  # [H, T, D]
+        k = rotate(self.k_norm(raw_k), cos, sin)[0].transpose(0, 1)
+        v = normalize(raw_v.to(torch.float32), self.eps).to(x.dtype)[0].transpose(0, 1)
+        cache, quantizer = self.kv_cache, self.quantizer[0]
+        r = None
+        if cache.folded:
+            k = reference.rotated_part(k, cache.rotated)
+            r = reference.rotated_part(q, cache.rotated).contiguous()
+            q = reference.fold_query(q, self.k_norm.weight, cache.rotated)
+        if quantizer is not None:
+            q, r = quantizer.rotate(q), None if r is None else quantizer.rotate(r)
+        cache.update(torch.remainder(input_pos, cache.slots), k, v, quantizer)
+        stored = AttentionCache(
+            cache.k, cache.v, cache.k_scale, cache.v_scale, None if quantizer is None else quantizer.table, cache.folded
+        )
+        mixed = attention_kernels.attend(q, r, stored, input_pos, self.window)
+        if quantizer is not None:
+            mixed = quantizer.rotate_back(mixed)
+        return self.o_proj.matmul(mixed.transpose(0, 1).reshape(x.shape[0], -1))
+
+
+class CudaMLP(nn.Module):
+    """``model.layers.MLP`` with gate and up as one matrix where their formats agree."""
+
+    def __init__(self, config: Gemma4Config, formats: dict[str, WeightFormat]) -> None:
+        super().__init__()
+        names, width = ["gate_proj", "up_proj"], config.intermediate_size
+        self.gate_up_proj = FusedLinear(names, [formats[name] for name in names], [width, width], config.hidden_size)
+        self.down_proj = PackedMatrix(formats["down_proj"], config.hidden_size, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x)
+        return self.down_proj.matmul(F.gelu(gate, approximate="tanh") * up)

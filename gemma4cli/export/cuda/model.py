@@ -1,0 +1,180 @@
+"""The whole model as the CUDA backend computes it, built from a signature and filled from a checkpoint.
+
+The signature is everything the compiled program depends on: shapes, weight formats, context, KV format. Never the
+weights: two checkpoints with one signature share one program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma4cli.errors import G4Error
+from gemma4cli.export.cuda.layers import KV_FORMATS, CudaAttention, CudaMLP, PackedMatrix, TurboQuant
+from gemma4cli.kernels.quantized_matmul.format import WeightFormat
+from gemma4cli.model.config import Gemma4Config, LayerConfig
+from gemma4cli.model.kv_cache import CacheSpec
+from gemma4cli.model.layers import RMSNorm
+from gemma4cli.model.rope import RotaryEmbedding
+from gemma4cli.progress import SILENT, Progress
+from gemma4cli.quant.checkpoint import Checkpoint
+from gemma4cli.quant.pack import pack_weight, packed_format
+from gemma4cli.quant.tensors import is_quantized
+
+_EMBEDDING = "model.embed_tokens.weight"
+_LM_HEAD = "lm_head.weight"
+# Rows of a matrix that are packed at a time: bounds the memory beside the packed result.
+_SLAB_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a CUDA program is compiled for, apart from the GPU.
+
+    Attributes:
+        formats: the packed format of every matrix by its canonical name; `lm_head.weight` only when it is not the embedding.
+        kv_format: one of layers.KV_FORMATS.
+    """
+
+    config: Gemma4Config
+    formats: Mapping[str, WeightFormat]
+    cache: CacheSpec
+    kv_format: str
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, cache: CacheSpec, kv_format: str) -> Signature:
+        """Read the formats from a checkpoint; one row of every matrix is looked at."""
+        if kv_format not in KV_FORMATS:
+            raise G4Error(f"Unknown KV format {kv_format!r}.", hint=f"Choose from {', '.join(KV_FORMATS)}.")
+        matrices = [name for name in checkpoint.names() if name in (_EMBEDDING, _LM_HEAD) or name.endswith("_proj.weight")]
+        formats = {name: packed_format(checkpoint.tensor(name), name) for name in matrices}
+        return cls(checkpoint.config, formats, cache, kv_format)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "config": asdict(self.config),
+            "formats": {name: [f.bits, f.group_size, f.has_min] for name, f in sorted(self.formats.items())},
+            "context_length": self.cache.context_length,
+            "prefill_chunk": self.cache.prefill_chunk,
+            "dtype": str(self.cache.dtype).removeprefix("torch."),
+            "kv_format": self.kv_format,
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: the name under which a program is cached."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+class CudaLayer(nn.Module):
+    """``model.layers.DecoderLayer`` on packed weights, tokens first: x [T, hidden]."""
+
+    layer_scalar: Tensor
+
+    def __init__(
+        self, signature: Signature, index: int, layer: LayerConfig, quantizer: TurboQuant | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        config, prefix = signature.config, f"model.layers.{index}."
+        own = {n.removeprefix(prefix): f for n, f in signature.formats.items() if n.startswith(prefix)}
+        formats = {name.split(".")[1]: fmt for name, fmt in own.items()}
+        self.kind = layer.kind
+        self.self_attn = CudaAttention(config, layer, formats, signature.cache, signature.kv_format, quantizer)
+        self.mlp = CudaMLP(config, formats)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("layer_scalar", torch.empty(1, dtype=dtype))
+
+    def forward(self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), input_pos, cos, sin))
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x * self.layer_scalar
+
+
+class CudaModel(nn.Module):
+    """``model.gemma4.Gemma4`` on packed weights: ``forward(tokens [1, T], input_pos [T]) -> logits [1, 1, V]`` float32.
+
+    Build it under the meta device to compile a program, on any device to run it.
+    """
+
+    embed_scale: Tensor
+
+    def __init__(self, signature: Signature) -> None:
+        super().__init__()
+        config, dtype = signature.config, signature.cache.dtype
+        layers = [config.layer(index) for index in range(config.num_hidden_layers)]
+        self.config, self.signature, self.dtype = config, signature, dtype
+        self.constants = nn.Module()  # not at the root: torch.export mistakes root buffers for arguments
+        scale = torch.tensor(config.hidden_size**0.5).to(dtype)
+        self.constants.register_buffer("embed_scale", scale.to(torch.get_default_device()))
+        self.embed_tokens = PackedMatrix(signature.formats[_EMBEDDING], config.vocab_size, config.hidden_size)
+        head = signature.formats.get(_LM_HEAD)
+        self.lm_head = PackedMatrix(head, config.vocab_size, config.hidden_size) if head else None
+        self.rotary_emb = nn.ModuleDict({layer.kind: RotaryEmbedding(layer) for layer in layers})
+        sizes = {size for layer in layers for size in self._quantized_sizes(layer, signature.kv_format)}
+        self.turboquant = TurboQuant(sorted(sizes)) if sizes else None
+        self.layers = nn.ModuleList(
+            CudaLayer(signature, index, layer, self.turboquant, dtype) for index, layer in enumerate(layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @staticmethod
+    def _quantized_sizes(layer: LayerConfig, kv_format: str) -> set[int]:
+        if layer.kind != "full_attention" or not kv_format.endswith("tq4"):
+            return set()
+        folded = kv_format.startswith("folded") and layer.k_eq_v
+        return {layer.head_dim, 2 * int(layer.partial_rotary_factor * layer.head_dim // 2) if folded else layer.head_dim}
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        angles = {kind: rotary(input_pos) for kind, rotary in self.rotary_emb.items()}
+        x = self.embed_tokens.rows_of(tokens[0]).to(self.dtype) * self.constants.embed_scale
+        for layer in self.layers:
+            x = layer(x, input_pos, *angles[layer.kind])
+        head = self.lm_head or self.embed_tokens
+        logits = head.matmul(self.norm(x[-1:])).to(torch.float32)
+        cap = self.config.final_logit_softcapping
+        return (logits if cap is None else torch.tanh(logits / cap) * cap)[None]
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Fill what the checkpoint tensor `name` goes to, packing it slab by slab if it is a matrix."""
+        place, part = self._place(name)
+        if not isinstance(place, PackedMatrix):
+            getattr(place, part).data.copy_(tensor)
+            return
+        first = int(part)
+        for row in range(0, tensor.shape[0], _SLAB_ROWS):
+            place.put(pack_weight(tensor[row : row + _SLAB_ROWS], name), first + row)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """Return the module and attribute of a plain tensor, or the matrix and first row of a projection."""
+        if name == _EMBEDDING:
+            return self.embed_tokens, "0"
+        if name == _LM_HEAD:
+            assert self.lm_head is not None
+            return self.lm_head, "0"
+        path = name.removeprefix("model.").removesuffix(".weight")
+        parent, leaf = path.rpartition(".")[::2]
+        if leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            fused = self.get_submodule(f"{parent}.{'qkv_proj' if leaf[0] in 'qkv' else 'gate_up_proj'}")
+            matrix, row = fused.place[leaf]
+            return fused.matrices[matrix], str(row)
+        if leaf in ("o_proj", "down_proj"):
+            return self.get_submodule(path), "0"
+        return (self.get_submodule(path), "weight") if name.endswith(".weight") else (self.get_submodule(parent), leaf)
+
+
+def fill(model: CudaModel, checkpoint: Checkpoint, progress: Progress = SILENT) -> CudaModel:
+    """Stream every tensor of the checkpoint into the model, one at a time; returns the model."""
+    with progress.phase("pack", checkpoint.nbytes) as task:
+        for name, tensor in checkpoint.stream():
+            model.put(name, tensor)
+            parts = [getattr(tensor, part) for part in tensor.tensor_data_names] if is_quantized(tensor) else [tensor]
+            task.advance(sum(part.numel() * part.element_size() for part in parts), name)
+    return model
