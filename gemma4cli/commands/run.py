@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -102,7 +104,8 @@ def run(
 ) -> int:
     """Ask a model once, or chat with it when no prompt is given."""
     console = open_console(json=json, quiet=quiet)
-    name = _choose_engine(engine, target, model, device=device, compile=compile, ctx=ctx)
+    eager_options = EagerOptions(device, compile, ctx)
+    name = _choose_engine(engine, target, model, eager_options)
     if raw and (think or system is not None):
         raise _usage("--raw uses no chat template, so --think and --system mean nothing with it.")
     text = read_prompt(prompt, prompt_file)
@@ -110,30 +113,30 @@ def run(
         raise _usage(
             f"{'--json' if json else '--raw'} needs a prompt.", "Give --prompt, --prompt-file, or pipe one in."
         )
+    system = None if system is None else valid_text(system, "--system")
     workspace = Workspace.from_environment()
     if name == "runner":
-        folder = workspace.resolve("bundle", target, console.note)
+        source = _open_bundle(workspace.resolve("bundle", target, console.note))
     else:
-        folder = workspace.resolve_source(model or target, console.note)
+        source = _open_checkpoint(workspace.resolve_source(model or target, console.note), eager_options, console)
 
-    from gemma4cli.engine.answer import AnswerSettings, StopStrings
-    from gemma4cli.model.chat import Chat
+    from gemma4cli.engine.answer import AnswerSettings
+    from gemma4cli.model.chat import Chat, Message
 
-    chat = Chat.from_dir(folder)
+    chat = Chat.from_dir(source.folder)
+    chat.tokenizer.check_vocabulary(source)
     if think and chat.markers is None:
-        raise G4Error(f"{folder} has no thinking channel.", hint="Run without --think.")
+        raise G4Error(f"{source.folder} has no thinking channel.", hint="Run without --think.")
     changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     settings = AnswerSettings(
         sampling=chat.defaults.sampling(**{key: value for key, value in changes.items() if value is not None}),
         max_new_tokens=max_new_tokens,
         stop_strings=tuple(stop or ()),
     )
-    StopStrings(settings.stop_strings)  # refuses an empty one before anything is loaded
-    messages = [] if system is None else [{"role": "system", "content": valid_text(system, "--system")}]
     if text is None:
         from gemma4cli.commands.repl import Repl
 
-        with _open_engine(name, folder, device=device, compile=compile, ctx=ctx) as loaded:
+        with source.load() as loaded:
             repl = Repl(
                 console,
                 loaded,
@@ -146,10 +149,63 @@ def run(
                 history_file=workspace.root / "history",
             )
             return repl.run()
-    ids = chat.raw_ids(text) if raw else chat.prompt_ids([*messages, {"role": "user", "content": text}], thinking=think)
-    with _open_engine(name, folder, device=device, compile=compile, ctx=ctx) as loaded:
-        settings = settings if seed is not None else settings.with_fresh_seed()
+    if raw:
+        ids = chat.raw_ids(text)
+    else:
+        messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        ids = chat.prompt_ids([*messages, {"role": "user", "content": text}], thinking=think)
+    settings = settings if seed is not None else settings.with_fresh_seed()
+    with source.load() as loaded:
         return answer_once(console, loaded, chat, ids, settings, show_stats=stats)
+
+
+@dataclass(frozen=True)
+class EagerOptions:
+    """What only the eager engine takes; a bundle's is fixed when it is exported."""
+
+    device: str = "cpu"
+    compile: bool = False
+    ctx: int | None = None
+
+    def given(self) -> list[str]:
+        """Name the flags that differ from their defaults."""
+        return [f"--{field.name}" for field in fields(self) if getattr(self, field.name) != field.default]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to run: checked so far as is cheap, and loaded when everything else is known to be right."""
+
+    folder: Path
+    vocab_size: int
+    load: Callable[[], Engine]
+
+
+def _open_bundle(folder: Path) -> Source:
+    from gemma4cli.engine.runner import RunnerEngine
+    from gemma4cli.export.bundle import open_bundle
+
+    bundle = open_bundle(folder)
+    return Source(folder, bundle.contract.vocab_size, lambda: RunnerEngine(folder))
+
+
+def _open_checkpoint(folder: Path, options: EagerOptions, console: Console) -> Source:
+    from gemma4cli.model.config import Gemma4Config
+
+    config = Gemma4Config.from_dir(folder)
+
+    def load() -> Engine:
+        from gemma4cli.engine.eager import EagerEngine
+
+        return EagerEngine.from_checkpoint(
+            folder,
+            context_length=options.ctx or min(_EAGER_CONTEXT, config.max_position_embeddings),
+            device=options.device,
+            compile=options.compile,
+            progress=console.progress(),
+        )
+
+    return Source(folder, config.vocab_size, load)
 
 
 def answer_once(
@@ -218,21 +274,15 @@ def _decode(data: bytes, source: str) -> str:
         ) from None
 
 
-def _choose_engine(name: str | None, target: Path | None, model: Path | None, **eager_only: Any) -> str:
+def _choose_engine(name: str | None, target: Path | None, model: Path | None, eager_options: EagerOptions) -> str:
     if model is not None and target is not None:
         raise _usage("Give either BUNDLE or --model, not both.")
     if model is not None and name == "runner":
         raise _usage("--model runs a checkpoint in PyTorch; the runner takes a bundle.", "Leave --engine away.")
     name = name or ("eager" if model is not None else "runner")
-    if name == "runner":
-        given = [f"--{key}" for key, value in eager_only.items() if value not in (None, False, "cpu")]
-        if given:
-            raise _usage(f"{', '.join(given)} needs --engine eager; a bundle's is fixed when it is exported.")
+    if name == "runner" and (given := eager_options.given()):
+        raise _usage(f"Only --engine eager takes {', '.join(given)}; a bundle's is fixed when it is exported.")
     return name
-
-
-def _open_engine(name: str, folder: Path, *, device: str, compile: bool, ctx: int | None) -> Engine:
-    raise NotImplementedError
 
 
 def _usage(message: str, hint: str | None = None) -> G4Error:

@@ -21,6 +21,10 @@ class AnswerSettings:
     max_new_tokens: int | None = None
     stop_strings: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if "" in self.stop_strings:
+            raise G4Error("A stop string is empty.", hint="Give --stop some text.", exit_code=2)
+
     def with_fresh_seed(self) -> AnswerSettings:
         """Draw a seed; it is reported with the answer, so that the answer can be had again."""
         return replace(self, sampling=replace(self.sampling, seed=secrets.randbits(32)))
@@ -50,11 +54,12 @@ class Answer:
 
 
 class StopStrings:
-    """Watches a stream of text for stop strings, letting through only what cannot be the beginning of one."""
+    """Watches a stream of text for stop strings, letting through only what cannot be the beginning of one.
+
+    None of `stops` is empty (`AnswerSettings` sees to it).
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if "" in stops:
-            raise G4Error("A stop string is empty.", hint="Give --stop some text.", exit_code=2)
         self._stops = tuple(stops)
         self._held = ""
         self.matched: str | None = None

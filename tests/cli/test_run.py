@@ -103,8 +103,8 @@ def test_other_wrong_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         (["--raw", "--system", "s", "-p", "x"], "--raw uses no chat template"),
         (["--model", "m", "b", "-p", "x"], "Give either BUNDLE or --model, not both."),
         (["--model", "m", "--engine", "runner", "-p", "x"], "--model runs a checkpoint in PyTorch"),
-        (["--ctx", "4k", "-p", "x"], "--ctx needs --engine eager"),
-        (["--device", "cuda", "--compile", "-p", "x"], "--device, --compile needs --engine eager"),
+        (["--ctx", "4k", "-p", "x"], "Only --engine eager takes --ctx"),
+        (["--device", "cuda", "--compile", "-p", "x"], "Only --engine eager takes --device, --compile"),
     ],
 )
 def test_options_that_do_not_go_together(g4: RunG4, arguments: list[str], message: str) -> None:
@@ -128,12 +128,12 @@ def test_nothing_exported_yet(g4: RunG4) -> None:
 
 
 def test_settings_out_of_range_are_refused_before_loading(g4: RunG4, chat_folder: Path) -> None:
-    outcome = g4("run", chat_folder, "--prompt", "x", "--top-p", "3")
+    outcome = g4("run", "--model", chat_folder, "--prompt", "x", "--top-p", "3")
     assert outcome.code == 1
     assert "top_p is 3.0; it must be above 0 and at most 1" in outcome.err
-    outcome = g4("run", chat_folder, "--prompt", "x", "--stop", "")
+    outcome = g4("run", "--model", chat_folder, "--prompt", "x", "--stop", "")
     assert "A stop string is empty" in outcome.err
-    outcome = g4("run", chat_folder, "--prompt", "x", "--system", os.fsdecode(b"\xe9"))
+    outcome = g4("run", "--model", chat_folder, "--prompt", "x", "--system", os.fsdecode(b"\xe9"))
     assert "--system is not UTF-8 text" in outcome.err
 
 
@@ -144,7 +144,7 @@ def test_thinking_that_the_model_cannot_do(g4: RunG4, chat_folder: Path) -> None
     config = json.loads((chat_folder / "tokenizer_config.json").read_text())
     del config["soc_token"], config["eoc_token"]
     (chat_folder / "tokenizer_config.json").write_text(json.dumps(config))
-    outcome = g4("run", chat_folder, "--prompt", "x", "--think")
+    outcome = g4("run", "--model", chat_folder, "--prompt", "x", "--think")
     assert outcome.code == 1
     assert "has no thinking channel" in outcome.err
 
@@ -217,3 +217,14 @@ def test_a_second_ctrl_c_ends_a_stuck_engine(chat: Chat) -> None:
     console = Console("human", io.StringIO(), io.StringIO())
     with pytest.raises(KeyboardInterrupt):
         answer_once(console, engine, chat, chat.raw_ids("Hi"), AnswerSettings(GREEDY), show_stats=False)
+
+
+def test_a_tokenizer_of_another_model_is_refused(g4: RunG4, chat_folder: Path) -> None:
+    config = json.loads((chat_folder / "config.json").read_text())
+    config["text_config" if "text_config" in config else "vocab_size"] = (
+        {**config["text_config"], "vocab_size": 100} if "text_config" in config else 100
+    )
+    (chat_folder / "config.json").write_text(json.dumps(config))
+    outcome = g4("run", "--model", chat_folder, "--prompt", "x")
+    assert outcome.code == 1
+    assert "the model's vocabulary has 100 entries: they do not belong together" in outcome.err

@@ -15,7 +15,7 @@ DEMO = Path(gemma4cli.__file__).parent / "data" / "demo"
 def make_chat_folder(target: Path, *, template: str | None = None, **tokenizer_config: Any) -> Path:
     """Write the folder. `template` replaces chat_template.jinja; keywords change tokenizer_config.json."""
     target.mkdir(parents=True)
-    for name in ("tokenizer.json", "chat_template.jinja"):
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         shutil.copy(DEMO / name, target / name)
     if template is not None:
         (target / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -97,7 +97,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(chat: Cha
 
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(G4Error, match="A stop string is empty"):
-        StopStrings(["a", ""])
+        AnswerSettings(GREEDY, stop_strings=("a", ""))
 
 
 @given(st.text("ab.", max_size=40), st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3), st.data())
