@@ -78,7 +78,7 @@ def is_quantized(tensor: Tensor) -> bool:
 def dequantize(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the values of a plain or quantized tensor; the arithmetic is float32 whatever `dtype`."""
     if isinstance(tensor, GGUFInt4Tensor | GGUFIntxTensor):
-        return tensor.dequantize().to(dtype)  # bit-equal to GGUF's own formula, which scale and zero point are not
+        return tensor.values().to(dtype)  # bit-equal to GGUF's own formula, which scale and zero point are not
     if isinstance(tensor, Int4Tensor):
         codes, parameters = unpack_nibbles(tensor.qdata), (tensor.scale.t(), tensor.zero_point.t())
     elif isinstance(tensor, IntxUnpackedToInt8Tensor):
@@ -93,6 +93,8 @@ def int4_to_intx(tensor: Int4Tensor) -> IntxUnpackedToInt8Tensor:
 
     The zero point becomes int8 when all of them are whole numbers that fit, else float32.
     """
+    if isinstance(tensor, GGUFInt4Tensor):
+        return tensor.to_intx()
     zero_point = tensor.zero_point.t().float() - _INT4_CENTRE
     if bool((zero_point == zero_point.round()).all() & (zero_point.abs() < 128).all()):
         zero_point = zero_point.to(torch.int8)

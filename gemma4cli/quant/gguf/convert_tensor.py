@@ -65,29 +65,9 @@ def measured_error(source: GGUFTensor, tensor: Tensor) -> float:
     for start in starts:
         stop = min(start + rows, source.rows)
         reference = torch.from_numpy(reference_rows(source, start, stop))
-        error += float((dequantize(_some_rows(tensor, start, stop)) - reference).square_().sum(dtype=torch.float64))
+        error += float((dequantize(tensor[start:stop]) - reference).square_().sum(dtype=torch.float64))
         norm += float(reference.square().sum(dtype=torch.float64))
     return math.sqrt(error / norm) if norm else 0.0
-
-
-def _some_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Cut rows out of a quantized matrix; torchao's own slicing does not know our classes."""
-    rows = slice(start, stop)
-    if isinstance(tensor, GGUFInt4Tensor):
-        sub = None if tensor.sub is None else tensor.sub[rows]
-        shape = torch.Size((stop - start, tensor.shape[1]))
-        return GGUFInt4Tensor(tensor.qdata[rows], tensor.step[rows], tensor.block_size, shape, sub)
-    if isinstance(tensor, GGUFIntxTensor):
-        sub = None if tensor.sub is None else tensor.sub[rows]
-        return GGUFIntxTensor(tensor.qdata[rows], tensor.step[rows], tensor.target_dtype, tensor.block_size, sub)
-    if isinstance(tensor, Int4Tensor):
-        shape = torch.Size((stop - start, tensor.shape[1]))
-        scale, zero_point = tensor.scale[:, rows], tensor.zero_point[:, rows]
-        return Int4Tensor(tensor.qdata[rows], scale, zero_point, tensor.block_size, shape)
-    return IntxUnpackedToInt8Tensor(
-        tensor.qdata[rows], tensor.scale[rows], tensor.zero_point[rows], tensor.target_dtype, tensor.block_size,
-        tensor.dtype, None,
-    )  # fmt: skip
 
 
 def reference_rows(source: GGUFTensor, start: int, stop: int) -> np.ndarray:
@@ -159,7 +139,7 @@ def _assemble(source: GGUFTensor, block_format: BlockFormat, qdata: Tensor, sub:
     if block_format.has_min or block_format.two_level:
         if block_format.bits == 4:
             return GGUFInt4Tensor(qdata, step, block_size, shape, sub)
-        return GGUFIntxTensor(qdata, step, target_dtype, block_size, sub)
+        return GGUFIntxTensor(qdata, step, target_dtype, block_size, torch.float32, sub)
     if block_format.bits == 4:
         scale = step.t().contiguous()
         return Int4Tensor(qdata, scale, torch.full_like(scale, 8), block_size, shape)

@@ -12,7 +12,7 @@ are what they derive from: `qdata` has its codes and layout, `scale` and `zero_p
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from gemma4cli.quant.torchao_types import (
 )
 
 # A group whose integer scale is 0 but whose minimum is not has no zero point. This scale, in units of the minimum,
-# gives it one; its weights then differ by at most 31 / 2^20 of their value. `dequantize` is exact even there.
+# gives it one; its weights then differ by at most 31 / 2^20 of their value. `values` is exact even there.
 _FLAT_SCALE = 2.0**-20
 
 
@@ -104,35 +104,58 @@ class GGUFInt4Tensor(_GroupScales, Int4Tensor):
         """Return the codes 0..15, uint8 [N, K]."""
         return torch.stack([self.qdata & 15, self.qdata >> 4], dim=-1).view(self.shape)
 
-    def dequantize(self) -> Tensor:
+    def to_intx(self) -> GGUFIntxTensor:
+        """Re-wrap with centred codes, one per byte. Lossless."""
+        return GGUFIntxTensor(
+            (self.codes() - 8).view(torch.int8), self.step, torch.int4, self.block_size, self.dtype, self.sub
+        )
+
+    def values(self) -> Tensor:
         """Return the weights in float32, bit-equal to gguf-py's."""
         return self._exact(self.codes())
+
+    dequantize = values
 
 
 class GGUFIntxTensor(_GroupScales, IntxUnpackedToInt8Tensor):
     """Q3_K, Q5_1, Q5_K, Q6_K and IQ4_XS. `qdata` int8 [N, K]; codes with a minimum are centred (minus 2^(bits-1))."""
 
     tensor_data_names: ClassVar[list[str]] = ["qdata", "step"]
-    tensor_attribute_names: ClassVar[list[str]] = ["target_dtype", "block_size"]
+    tensor_attribute_names: ClassVar[list[str]] = ["target_dtype", "block_size", "dtype"]
     optional_tensor_data_names: ClassVar[list[str]] = ["sub"]
     optional_tensor_attribute_names: ClassVar[list[str]] = []
     activation_quantization = None
 
     def __new__(
-        cls, qdata: Tensor, step: Tensor, target_dtype: torch.dtype, block_size: list[int], sub: Tensor | None = None
+        cls,
+        qdata: Tensor,
+        step: Tensor,
+        target_dtype: torch.dtype,
+        block_size: list[int],
+        dtype: torch.dtype,
+        sub: Tensor | None = None,
     ) -> GGUFIntxTensor:
         return torch.Tensor._make_wrapper_subclass(
-            cls, qdata.shape, dtype=torch.float32, device=qdata.device, requires_grad=False
+            cls, qdata.shape, dtype=dtype, device=qdata.device, requires_grad=False
         )
 
     def __init__(
-        self, qdata: Tensor, step: Tensor, target_dtype: torch.dtype, block_size: list[int], sub: Tensor | None = None
+        self,
+        qdata: Tensor,
+        step: Tensor,
+        target_dtype: torch.dtype,
+        block_size: list[int],
+        dtype: torch.dtype,
+        sub: Tensor | None = None,
     ) -> None:
         self.qdata, self.step, self.sub = qdata, step, sub
         self.target_dtype, self.block_size = target_dtype, block_size
 
-    # IntxUnpackedToInt8Tensor.to rebuilds its own class; the common implementation rebuilds ours.
-    to = torch.Tensor.to
+    def to(self, *args: object, **kwargs: object) -> GGUFIntxTensor:
+        """Move, or choose the dtype of `dequantize`; codes and scales stay as they are."""
+        target = self._get_to_kwargs(*args, **kwargs)
+        parts = [part if part is None else part.to(target["device"]) for part in (self.qdata, self.step, self.sub)]
+        return GGUFIntxTensor(parts[0], parts[1], self.target_dtype, self.block_size, target["dtype"], parts[2])
 
     @property
     def bits(self) -> int:
@@ -152,9 +175,38 @@ class GGUFIntxTensor(_GroupScales, IntxUnpackedToInt8Tensor):
     def _centre(self) -> int:
         return 1 << (self.bits - 1) if self.has_min else 0
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         """Return the weights in float32, bit-equal to gguf-py's."""
         return self._exact(self.qdata.to(torch.int16) + self._centre)
+
+    def dequantize(self) -> Tensor:
+        """Return the weights in this tensor's dtype."""
+        return self.values().to(self.dtype)
+
+
+@GGUFInt4Tensor.implements([torch.ops.aten.slice.Tensor])
+def _(func: object, types: object, args: tuple[GGUFInt4Tensor, int, int, int], kwargs: object) -> GGUFInt4Tensor:
+    tensor, rows = _row_slice(*args)
+    sub = None if tensor.sub is None else tensor.sub[rows]
+    qdata = tensor.qdata[rows]
+    return GGUFInt4Tensor(qdata, tensor.step[rows], tensor.block_size, torch.Size((len(qdata), tensor.shape[1])), sub)
+
+
+@GGUFIntxTensor.implements([torch.ops.aten.slice.Tensor])
+def _(func: object, types: object, args: tuple[GGUFIntxTensor, int, int, int], kwargs: object) -> GGUFIntxTensor:
+    tensor, rows = _row_slice(*args)
+    sub = None if tensor.sub is None else tensor.sub[rows]
+    return GGUFIntxTensor(
+        tensor.qdata[rows], tensor.step[rows], tensor.target_dtype, tensor.block_size, tensor.dtype, sub
+    )
+
+
+def _row_slice(
+    tensor: Tensor, dim: int = 0, start: int = 0, end: int | None = None, step: int = 1
+) -> tuple[Any, slice]:
+    if dim != 0:
+        raise NotImplementedError("only rows can be sliced: a block spans many columns")
+    return tensor, slice(start, end)
 
 
 # torchao's own safetensors support then writes and reads both classes.
