@@ -8,12 +8,11 @@ number: only the hashes of a manifest find that (`g4 pull` writes and checks the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gemma4cli.errors import G4Error
@@ -22,6 +21,7 @@ from gemma4cli.model.attention import Attend, attend
 from gemma4cli.model.config import Gemma4Config
 from gemma4cli.model.gemma4 import Gemma4
 from gemma4cli.model.kv_cache import CacheSpec
+from gemma4cli.model.safetensors_map import MappedTensor, read_safetensors_header
 from gemma4cli.progress import SILENT, Progress
 
 WEIGHTS_FILE = "model.safetensors"
@@ -55,20 +55,6 @@ class CheckpointReader(Protocol):
         """Read every tensor once; none is kept here after the next one was asked for."""
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where a tensor lies: `key` is its name inside `file`."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
 class SafetensorsReader:
     """A plain checkpoint folder: `config.json` and one `model.safetensors`, or shards with an index."""
 
@@ -80,7 +66,7 @@ class SafetensorsReader:
         if not path.is_dir():
             raise G4Error(f"{path} is not a folder with a checkpoint.", hint="Fetch a model first: g4 pull")
         self.config = Gemma4Config.from_dir(path)
-        found: dict[str, _Entry] = {}
+        found: dict[str, MappedTensor] = {}
         skipped: set[str] = set()
         for file, keys in _weight_files(path).items():
             for key, entry in _read_header(file, keys).items():
@@ -114,7 +100,7 @@ class SafetensorsReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is stored in, without reading it."""
-        return self._entries[name].dtype
+        return _DTYPES[self._entries[name].dtype]
 
     def tensor(self, name: str) -> Tensor:
         """Map one tensor from its file, in the dtype it is stored in.
@@ -122,9 +108,8 @@ class SafetensorsReader:
         Raises: G4Error when it holds a NaN or an infinity.
         """
         entry = self._entries[name]
-        # Opened anew each time: pages of a mapping count as our memory until it is closed.
-        with safe_open(entry.file, framework="pt") as file:
-            tensor = file.get_tensor(entry.key)
+        # Mapped anew each time: pages of a mapping count as our memory until it is closed.
+        tensor = entry.map()
         check_finite(name, tensor, where=entry.file)
         return tensor
 
@@ -229,20 +214,15 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _read_header(file: Path, keys: set[str] | None) -> dict[str, _Entry]:
+def _read_header(file: Path, keys: set[str] | None) -> dict[str, MappedTensor]:
     """Read a safetensors header; the library checks its length, its JSON and that the data cover the file exactly."""
-    entries = {}
     try:
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - not a dict
-                view = opened.get_slice(key)
-                if view.get_dtype() not in _DTYPES:
-                    raise G4Error(
-                        f"{file}: {key} has dtype {view.get_dtype()}; a plain checkpoint has {', '.join(_DTYPES)}."
-                    )
-                entries[key] = _Entry(file, key, tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+        entries, _ = read_safetensors_header(file)
     except SafetensorError as error:
         raise G4Error(f"{file} is not a whole safetensors file: {error}.", hint=_DAMAGED_HINT) from None
+    for key, entry in entries.items():
+        if entry.dtype not in _DTYPES:
+            raise G4Error(f"{file}: {key} has dtype {entry.dtype}; a plain checkpoint has {', '.join(_DTYPES)}.")
     if keys is not None and keys != set(entries):
         lacking, extra = sorted(keys - set(entries)), sorted(set(entries) - keys)
         what = f"lacks {_some(lacking)}" if lacking else f"also has {_some(extra)}"

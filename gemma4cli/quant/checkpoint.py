@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from gemma4cli.errors import G4Error
@@ -33,11 +33,12 @@ from gemma4cli.files import (
     write_json,
 )
 from gemma4cli.model.config import Gemma4Config
+from gemma4cli.model.safetensors_map import MappedTensor, read_safetensors_header
 from gemma4cli.model.weights import LM_HEAD, CheckpointReader, SafetensorsReader, expected_shapes
 from gemma4cli.progress import SILENT, Progress, Task
 from gemma4cli.quant.gguf import tensors as _gguf_tensors  # noqa: F401 - lets torchao rebuild its classes
 from gemma4cli.quant.manifest import MANIFEST_FILE, CheckpointManifest, FileRecord, ManifestHead, TensorRecord
-from gemma4cli.quant.shards import ShardPlan, ShardWriter, plan_shards, shard_index
+from gemma4cli.quant.shards import ShardPlan, ShardWriter, plan_shards, shard_index, tensor_keys
 from gemma4cli.quant.torchao_types import unflatten_tensor_state_dict
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -93,34 +94,47 @@ class QuantizedCheckpoint:
         shards = [name for name in self.manifest.files if name.endswith(".safetensors")]
         total = sum(self.manifest.files[name].bytes for name in shards)
         _check_files(path, self.manifest.files, shards, verify or total < ALWAYS_VERIFIED_BYTES, progress)
-        self._shard_of = _tensor_places(path, shards)
-        _check_names(path, self.config, set(self._shard_of), set(self.manifest.tensors))
+        self._stored = {name: tensor for shard in shards for name, tensor in _read_shard(path / shard).items()}
+        _check_names(path, self.config, set(self._stored), set(self.manifest.tensors))
 
     @property
     def nbytes(self) -> int:
         return self.manifest.head.totals.weight_bytes
 
     def names(self) -> list[str]:
-        return list(self._shard_of)
+        return list(self._stored)
 
     def tensor(self, name: str) -> Tensor:
-        with safe_open(self.path / self._shard_of[name], framework="pt") as shard:
-            return _unflatten(name, shard)
+        return self._stored[name].load()
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self._shard_of:
+        for name in self._stored:
             yield name, self.tensor(name)
 
 
-def _unflatten(name: str, shard: safe_open) -> Tensor:
-    """Let torchao rebuild one tensor from its pieces in an open shard."""
-    description = shard.metadata()[name]
-    module, _, weight = name.rpartition(".")
-    attributes = json.loads(description).get("_tensor_data_names")
-    keys = [name] if attributes is None else [f"{module}._{weight}_{attribute}" for attribute in attributes]
-    metadata = {name: description, "tensor_names": json.dumps([name])}
-    tensors, _ = unflatten_tensor_state_dict({key: shard.get_tensor(key) for key in keys}, metadata)
-    return tensors[name]
+@dataclass(frozen=True)
+class _StoredTensor:
+    """One tensor in a shard: its pieces by key, and torchao's description of how they make it."""
+
+    name: str
+    description: str
+    pieces: Mapping[str, MappedTensor]
+
+    def load(self) -> Tensor:
+        """Let torchao rebuild the tensor on the mapped pieces."""
+        metadata = {self.name: self.description, "tensor_names": json.dumps([self.name])}
+        pieces = {key: piece.map() for key, piece in self.pieces.items()}
+        return unflatten_tensor_state_dict(pieces, metadata)[0][self.name]
+
+
+def _read_shard(path: Path) -> dict[str, _StoredTensor]:
+    try:
+        pieces, metadata = read_safetensors_header(path)
+        names = json.loads(metadata["tensor_names"])
+        keys = {name: tensor_keys(name, metadata).values() for name in names}
+        return {name: _StoredTensor(name, metadata[name], {key: pieces[key] for key in keys[name]}) for name in names}
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise G4Error(f"{path} has a damaged header.", hint=_AGAIN) from None
 
 
 def _check_files(
@@ -137,17 +151,6 @@ def _check_files(
             )
         if (name not in shards or verify_shards) and sha256_file(file, progress) != record.sha256:
             raise G4Error(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST_FILE}.", hint=_AGAIN)
-
-
-def _tensor_places(path: Path, shards: list[str]) -> dict[str, str]:
-    places: dict[str, str] = {}
-    for shard in shards:
-        try:
-            with safe_open(path / shard, framework="pt") as file:
-                places |= dict.fromkeys(json.loads(file.metadata()["tensor_names"]), shard)
-        except (SafetensorError, KeyError, TypeError, ValueError):
-            raise G4Error(f"{path / shard} has a damaged header.", hint=_AGAIN) from None
-    return places
 
 
 def _check_names(path: Path, config: Gemma4Config, stored: set[str], listed: set[str]) -> None:

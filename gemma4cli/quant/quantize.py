@@ -195,9 +195,13 @@ def quantize_tensor(weight: Tensor, spec: QuantSpec, device: torch.device) -> tu
         slab = weight[row : row + rows].to(device, torch.float32)
         quantized = quantize(slab, spec)
         builder.put(row, quantized.to("cpu"))
-        norm += float(slab.square().sum(dtype=torch.float64))
-        error += float((quantized.dequantize() - slab).square_().sum(dtype=torch.float64))
-    return builder.finish(), math.sqrt(error / norm) if norm else 0.0
+        norm = math.hypot(norm, _norm(slab))
+        error = math.hypot(error, _norm(quantized.dequantize().sub_(slab)))
+    return builder.finish(), error / norm if norm else 0.0
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def _produce(plan: QuantizationPlan, what: Assignment, device: torch.device, task: Task) -> tuple[Tensor, TensorRecord]:

@@ -103,13 +103,13 @@ def _plan(file: str, tensors: Mapping[str, Tensor]) -> ShardPlan:
     return ShardPlan(
         file,
         len(text).to_bytes(8, "little") + text,
-        {name: _keys(name, metadata) for name in tensors},
+        {name: tensor_keys(name, metadata) for name in tensors},
         {key: (start + begin, start + end) for key, (begin, end) in spans.items()},
         start + position,
     )
 
 
-def _keys(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
+def tensor_keys(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
     """Return attribute -> key, following torchao's naming `module._weight_attribute`."""
     attributes = json.loads(metadata[name]).get("_tensor_data_names")
     if attributes is None:
