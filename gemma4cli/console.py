@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["human", "json", "quiet"]
 
-_PIPE_WIDTH = 100
+_PIPE_WIDTH = 500  # a table in a file or pipe is as wide as its content, for grep and less -S
 _PLAIN_PERIOD_S = 30.0
 _WORTH_TELLING_S = 1.0
 
@@ -96,7 +96,11 @@ class Console:
             table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
         for row in rows:
             table.add_row(*("" if cell is None else str(cell) for cell in row))
-        self._rich(self.stdout).print(table)
+        rich = self._rich(self.stdout)
+        with rich.capture() as drawn:
+            rich.print(table)
+        self.stdout.write("\n".join(line.rstrip() for line in drawn.get().splitlines()) + "\n")
+        self.stdout.flush()
 
     def note(self, message: str) -> None:
         """Say what is being done, on stderr; silent with --quiet."""

@@ -39,10 +39,10 @@ def convert_gguf(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a quantized checkpoint of a GGUF file, without quantizing again.
+    """Make a quantized checkpoint of a GGUF file.
 
-    Codes and scales are kept exactly; config, tokenizer, chat template and sampling defaults come out of the file.
-    g4 export and g4 run take a .gguf file directly and do this on the way.
+    Nothing is quantized again: codes and scales are kept exactly; config, tokenizer, chat template and sampling
+    defaults come out of the file. g4 export and g4 run take a .gguf file directly and do this on the way.
     """
     console = open_console(json=json, quiet=quiet)
     workspace = Workspace.from_environment()

@@ -47,7 +47,10 @@ def quantize(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Quantize a checkpoint; a run that was interrupted continues where it stopped."""
+    """Make a smaller checkpoint by a recipe.
+
+    A run that was interrupted continues where it stopped.
+    """
     console = open_console(json=json, quiet=quiet)
     workspace = Workspace.from_environment()
     if recipe == _SHOW or recipe.startswith(f"{_SHOW}:"):

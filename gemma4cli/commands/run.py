@@ -43,7 +43,7 @@ def run(
     model: Annotated[
         Path | None,
         typer.Option(
-            "--model", metavar="CHECKPOINT", help="Run this checkpoint, plain or quantized; means --engine eager."
+            "--model", metavar="CHECKPOINT", help="Run a checkpoint, plain, quantized or GGUF; means --engine eager."
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to ask.")] = None,
@@ -118,7 +118,8 @@ def run(
     if name == "runner":
         source = _open_bundle(workspace.resolve("bundle", target, console.note))
     else:
-        source = _open_checkpoint(workspace.resolve_source(model or target, console.note), eager_options, console)
+        folder = workspace.resolve_source(model or target, console.note)
+        source = _open_checkpoint(folder, eager_options, workspace, console)
 
     from gemma4cli.engine.answer import AnswerSettings
     from gemma4cli.model.chat import Chat, Message
@@ -189,9 +190,13 @@ def _open_bundle(folder: Path) -> Source:
     return Source(folder, bundle.contract.vocab_size, lambda: RunnerEngine(folder))
 
 
-def _open_checkpoint(folder: Path, options: EagerOptions, console: Console) -> Source:
+def _open_checkpoint(folder: Path, options: EagerOptions, workspace: Workspace, console: Console) -> Source:
     from gemma4cli.model.config import Gemma4Config
 
+    if folder.is_file():  # a GGUF file: converted once, then found again by its hash
+        from gemma4cli.quant.gguf.convert import ensure_converted
+
+        folder = ensure_converted(folder, workspace.folder("checkpoint"), console.progress())
     config = Gemma4Config.from_dir(folder)
 
     def load() -> Engine:

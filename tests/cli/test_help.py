@@ -31,6 +31,7 @@ def test_the_commands_are_listed_in_the_order_people_use_them(g4: RunG4) -> None
     assert outcome.code == 0
     listed = [line.split()[0] for line in outcome.out.partition("Commands:\n")[2].splitlines() if line[2:3].strip()]
     assert listed == [name_of(module) for module in COMMANDS]
+    assert "..." not in outcome.out.partition("Commands:")[2], "a purpose is too long for its line"
 
 
 def test_no_command_prints_help_and_means_wrong_usage(g4: RunG4) -> None:
@@ -76,8 +77,8 @@ def test_help_is_fast_and_imports_nothing_heavy(arguments: list[str]) -> None:
         f"print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
     )
     command = [sys.executable, "-c", probe, *arguments, "--help"]
-    spent = []
-    for _ in range(5):
+    spent: list[float] = []
+    while len(spent) < 10 and min(spent, default=1.0) >= 0.3:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -66,14 +66,13 @@ def test_an_error_after_the_document_does_not_print_a_second_one() -> None:
     assert json.loads(out.getvalue()) == {"a": 1}
 
 
-def test_a_table_fits_its_width_and_aligns_numbers() -> None:
+def test_a_table_shows_data_as_it_is_and_aligns_numbers() -> None:
     console, out, _ = make("human")
     console.table(["tensor", "bits"], [["model.[bold]norm", 4.5], ["x", 16]], align="lr")
     lines = out.getvalue().splitlines()
     assert "model.[bold]norm" in out.getvalue(), "markup in data must stay data"
-    assert lines[2].rstrip().endswith("4.5")
-    assert lines[3].rstrip().endswith("16")
-    assert max(map(len, lines)) <= 100
+    assert lines[2].endswith(" 4.5")
+    assert lines[3].endswith("  16")
 
 
 def test_json_and_quiet_exclude_each_other() -> None:
