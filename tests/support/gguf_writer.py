@@ -68,7 +68,7 @@ class Model:
 def describe(folder: Path, kind: GGML = GGML.F32, *, seed: int = 0) -> Model:
     """Read a checkpoint folder; matrices get type `kind`, everything else float32, as llama.cpp writes it."""
     config = Gemma4Config.from_dir(folder)
-    model = Model(_config_keys(config) | _tokenizer_keys(folder) | _folder_keys(folder))
+    model = Model(_config_keys(config) | tokenizer_keys(folder) | _folder_keys(folder))
     weights: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
         weights |= load_file(file)
@@ -220,7 +220,8 @@ def _config_keys(config: Gemma4Config) -> dict[str, tuple[Any, Value, Value | No
     }
 
 
-def _tokenizer_keys(folder: Path) -> dict[str, tuple[Any, Value, Value | None]]:
+def tokenizer_keys(folder: Path) -> dict[str, tuple[Any, Value, Value | None]]:
+    """Return a tokenizer's part of the metadata, from tokenizer.json and tokenizer_config.json."""
     document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     ids = dict(document["model"]["vocab"])
