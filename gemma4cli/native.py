@@ -64,13 +64,14 @@ def find_kernel_library() -> Path:
 
 
 @cache
-def load_kernels() -> None:
+def load_kernels() -> ctypes.CDLL:
     """Register our operators with ExecuTorch's Python runtime; call it before a program that uses them is loaded."""
     import executorch.extension.pybindings.portable_lib  # noqa: F401  (loads libexecutorch.so, which holds the registry)
 
     library = ctypes.CDLL(str(find_kernel_library()), mode=ctypes.RTLD_GLOBAL)
     if not library.g4_kernels_registered():
         raise G4Error("ExecuTorch refused to register g4's operators.", hint="Are two versions of g4 mixed?")
+    return library
 
 
 def runner_environment() -> dict[str, str]:

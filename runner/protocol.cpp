@@ -2,6 +2,9 @@
 
 #include "error.h"
 
+#include <algorithm>
+#include <array>
+#include <cctype>
 #include <charconv>
 #include <cmath>
 #include <cstdio>
@@ -137,19 +140,19 @@ Command parse_command(std::string_view line, const std::vector<int64_t>& default
   }
   std::string_view rest = line;
   const std::string_view name = next_field(rest, ' ');
-  Arguments arguments(name, rest);
-  std::optional<Command> command;
-  if (name == "generate") command = parse_generate(arguments, default_stop_ids, id);
-  if (name == "cancel") command = CancelCommand{request_id(arguments, id)};
-  if (name == "close") command = CloseCommand{session_name(arguments.require("session"))};
-  if (name == "info") command = InfoCommand{};
-  if (name == "quit") command = QuitCommand{};
-  if (!command) {
+  constexpr std::array<std::string_view, 5> kNames{"generate", "cancel", "close", "info", "quit"};
+  if (std::find(kNames.begin(), kNames.end(), name) == kNames.end()) {
     throw RunnerError("`" + excerpt(name) + "` is not a request; there are generate, cancel, close, info and quit.",
                       kSeeDocumentation);
   }
+  Arguments arguments(name, rest);
+  Command command = InfoCommand{};
+  if (name == "generate") command = parse_generate(arguments, default_stop_ids, id);
+  if (name == "cancel") command = CancelCommand{request_id(arguments, id)};
+  if (name == "close") command = CloseCommand{session_name(arguments.require("session"))};
+  if (name == "quit") command = QuitCommand{};
   arguments.finish();
-  return *command;
+  return command;
 }
 
 int64_t parse_integer(std::string_view text, const std::string& what) {

@@ -8,6 +8,7 @@
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 
@@ -24,12 +25,39 @@ using executorch::runtime::Span;
 // Below this many multiply-adds, waking the thread pool costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 16;
 
-const AttentionKernel& choose_kernel() {
+struct NamedKernel {
+  const char* name;
+  const AttentionKernel* kernel;
+  bool runs_here;
+};
+
+// Best first.
+const NamedKernel* kernels() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return kAttentionAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAttentionAvx2;
+  static const NamedKernel list[] = {
+      {"avx512", &kAttentionAvx512, __builtin_cpu_supports("avx512f") != 0},
+      {"avx2", &kAttentionAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {"portable", &kAttentionPortable, true},
+      {nullptr, nullptr, false},
+  };
+#else
+  static const NamedKernel list[] = {{"portable", &kAttentionPortable, true}, {nullptr, nullptr, false}};
 #endif
-  return kAttentionPortable;
+  return list;
+}
+
+const AttentionKernel* select_kernel(const char* name) {
+  for (const NamedKernel* entry = kernels(); entry->name != nullptr; ++entry) {
+    if (entry->runs_here && (name == nullptr || std::strcmp(entry->name, name) == 0)) return entry->kernel;
+  }
+  return nullptr;
+}
+
+std::atomic<const AttentionKernel*> selected{nullptr};
+
+const AttentionKernel& selected_kernel() {
+  if (selected.load() == nullptr) selected = select_kernel(nullptr);
+  return *selected.load();
 }
 
 bool is_cache_of(const Tensor& q, const Tensor& cache) {
@@ -122,7 +150,7 @@ void attend_by_split(const AttentionKernel& kernel, const AttentionProblem& prob
 }
 
 void attend(const AttentionProblem& problem) {
-  static const AttentionKernel& kernel = choose_kernel();
+  const AttentionKernel& kernel = selected_kernel();
   const int64_t blocks = Block::count(problem);
   int64_t splits = 1;
   for (int64_t index = 0; index < (problem.rows() + kRowBlock - 1) / kRowBlock; ++index) {
@@ -189,6 +217,18 @@ extern const Error sample_registered;  // sample.cpp
 
 }  // namespace g4
 
-extern "C" __attribute__((visibility("default"))) int g4_kernels_registered() {
-  return g4::registered == executorch::runtime::Error::Ok && g4::sample_registered == executorch::runtime::Error::Ok;
+extern "C" {
+
+__attribute__((visibility("default"))) int g4_kernels_registered() {
+  return g4::registered == executorch::runtime::Error::Ok;
 }
+
+// For tests and measurements: use one instruction set ("avx512", "avx2", "portable"; null chooses the best again).
+// Returns 0, and changes nothing, when this machine lacks it.
+__attribute__((visibility("default"))) int g4_select_attention_kernel(const char* name) {
+  const g4::AttentionKernel* const kernel = g4::select_kernel(name);
+  if (kernel != nullptr) g4::selected = kernel;
+  return kernel != nullptr;
+}
+
+}  // extern "C"

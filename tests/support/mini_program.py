@@ -76,7 +76,7 @@ class MiniModel(nn.Module):
         logits = self.head(x[:, -1])
         phase = 0.7 * seed + 0.3 * top_k + 2.9 * top_p + 5.7 * min_p + input_pos[-1:]
         noise = torch.sin(phase[:, None] + torch.arange(VOCAB))
-        return (logits + 20 * temperature * noise).argmax(-1), logits
+        return (logits + 300 * temperature * noise).argmax(-1), logits
 
 
 def _inputs(tokens: Iterable[int], start: int, sampling: Sampling) -> tuple[Tensor, ...]:
@@ -124,7 +124,7 @@ def _export() -> bytes:
     model = MiniModel()
     length = torch.export.Dim("length", min=2, max=CHUNK)
     dynamic = ({1: length}, {0: length}, None, None, None, None, None)
-    with _quiet():
+    with quiet():
         methods = {
             "prefill": torch.export.export(model, _inputs(range(CHUNK), 0, GREEDY), dynamic_shapes=dynamic),
             "decode": torch.export.export(model, _inputs([0], 0, GREEDY)),
@@ -159,7 +159,7 @@ def write_mini_bundle(folder: Path, edit: Callable[[Any], None] | None = None) -
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the lowering's warnings out of the test report; it prints some of them."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
