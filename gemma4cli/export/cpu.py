@@ -82,16 +82,16 @@ class CpuEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if not self.is_quantized:
             return F.embedding(tokens, self.table) * self.factor
-        rows = torch.ops.quantized_decomposed.embedding_byte(
-            self.codes, self.scale, self.zero_point, -128, 127, tokens
-        )
+        rows = torch.ops.quantized_decomposed.embedding_byte(self.codes, self.scale, self.zero_point, -128, 127, tokens)
         return rows * self.factor
 
 
 class CpuAttention(nn.Module):
     """`model.layers.Attention` in the CPU's operators."""
 
-    def __init__(self, weights: _Weights, prefix: str, config: Gemma4Config, layer: LayerConfig, cache: CacheSpec) -> None:
+    def __init__(
+        self, weights: _Weights, prefix: str, config: Gemma4Config, layer: LayerConfig, cache: CacheSpec
+    ) -> None:
         super().__init__()
         self.head_dim, self.window, self.eps = layer.head_dim, layer.window, config.rms_norm_eps
         self.q_proj = weights.linear(f"{prefix}.q_proj.weight")
@@ -117,7 +117,9 @@ class CpuAttention(nn.Module):
 class CpuLayer(nn.Module):
     """`model.layers.DecoderLayer` in the CPU's operators."""
 
-    def __init__(self, weights: _Weights, prefix: str, config: Gemma4Config, layer: LayerConfig, cache: CacheSpec) -> None:
+    def __init__(
+        self, weights: _Weights, prefix: str, config: Gemma4Config, layer: LayerConfig, cache: CacheSpec
+    ) -> None:
         super().__init__()
 
         def norm(name: str) -> CpuNorm:

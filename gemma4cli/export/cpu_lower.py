@@ -26,13 +26,10 @@ def lower(programs: Mapping[str, ExportedProgram], contract: Contract) -> Execut
     Raises: RuntimeError when a method would copy a cache instead of writing in place.
     """
     with quiet():
-        methods = {}
         for name, program in programs.items():
-            program = program.run_decompositions()
             delegate(program, 1 if name == DECODE else contract.prefill_chunk, WEIGHTS_FILE.removesuffix(".ptd"))
-            methods[name] = program
         edge = to_edge(
-            methods,
+            dict(programs),
             constant_methods={
                 name: torch.tensor(value) if isinstance(value, list) else value
                 for name, value in contract.constant_methods().items()

@@ -32,7 +32,7 @@ def delegate(program: ExportedProgram, max_tokens: int, weights_file: str) -> in
     """Replace, in place, every run of supported operators by one XNNPACK delegate.
 
     Args:
-        program: one method, decomposed to core ATen operators and `cpu_ops`.
+        program: one method as traced, before any decomposition: what is delegated need not be decomposed any more.
         max_tokens: upper bound of its dynamic dimension.
         weights_file: name (without suffix) of the `.ptd` file that the weights go to.
     Returns: the number of delegates.
@@ -41,23 +41,20 @@ def delegate(program: ExportedProgram, max_tokens: int, weights_file: str) -> in
     groups = _group(program.graph, constants)
     for index, nodes in enumerate(groups):
         _replace(program, nodes, constants, max_tokens, weights_file, index)
-    graph = program.graph
-    graph.eliminate_dead_code()
-    graph.lint()
+    program.graph.lint()
     program.graph_module.recompile()
     return len(groups)
 
 
 def _constants(program: ExportedProgram) -> dict[fx.Node, tuple[str, Tensor]]:
-    """Map each placeholder of a parameter or unchanged buffer to its name and value."""
+    """Map each placeholder of a parameter or buffer to its name and value; no supported operator reads a cache."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    mutated = set(signature.buffers_to_mutate.values())
     values = {**program.constants, **program.state_dict}
     return {
         node: (names[node.name], values[names[node.name]])
         for node in program.graph.find_nodes(op="placeholder")
-        if node.name in names and names[node.name] not in mutated
+        if node.name in names
     }
 
 
@@ -95,7 +92,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_work(node: fx.Node) -> bool:
-    return node.target not in (_aten.view.default, _aten.permute.default, _aten.clone.default)
+    return node.target not in (_aten.view.default, _aten.reshape.default, _aten.transpose.int)
 
 
 def _replace(
@@ -116,8 +113,9 @@ def _replace(
     program.graph_module.register_module(name, module)
 
     graph = program.graph
-    # After the last input and before the first use: the stages guarantee that there is such a place.
-    first_use = min((user for o in outputs for user in o.users if user not in members), key=_position(graph))
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    first_use = min((user for node in outputs for user in node.users if user not in members), key=order.__getitem__)
+    assert all(order[node] < order[first_use] for node in inputs), "a delegate would wait for its own result"
     with graph.inserting_before(first_use):
         attribute = graph.get_attr(name)
         call = graph.call_function(executorch_call_delegate, (attribute, *inputs))
@@ -130,11 +128,6 @@ def _replace(
         graph.erase_node(node)
 
 
-def _position(graph: fx.Graph) -> Callable[[fx.Node], int]:
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    return order.__getitem__
-
-
 class _Shapes:
     """What ExecuTorch's passes need of a delegate's original program: outputs of the right shapes, at no cost."""
 
@@ -142,7 +135,12 @@ class _Shapes:
         self._shapes = [tuple(node.meta["val"].shape) for node in outputs]
         # Tokens are the only dynamic size, so any symbolic size of an input is the number of tokens.
         self._source = next(
-            ((i, d) for i, node in enumerate(inputs) for d, size in enumerate(node.meta["val"].shape) if _symbolic(size)),
+            (
+                (i, d)
+                for i, node in enumerate(inputs)
+                for d, size in enumerate(node.meta["val"].shape)
+                if _symbolic(size)
+            ),
             None,
         )
         self.graph = fx.Graph()
@@ -151,9 +149,7 @@ class _Shapes:
     def module(self) -> Callable[..., tuple[Tensor, ...]]:
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             tokens = None if self._source is None else inputs[self._source[0]].shape[self._source[1]]
-            return tuple(
-                torch.empty([tokens if _symbolic(size) else size for size in shape]) for shape in self._shapes
-            )
+            return tuple(torch.empty([tokens if _symbolic(size) else size for size in shape]) for shape in self._shapes)
 
         return run
 
@@ -165,9 +161,7 @@ def _symbolic(size: int | torch.SymInt) -> bool:
 class _Translator:
     """Writes one group of nodes into one XNNPACK graph."""
 
-    def __init__(
-        self, constants: dict[fx.Node, tuple[str, Tensor]], max_tokens: int, weights_file: str
-    ) -> None:
+    def __init__(self, constants: dict[fx.Node, tuple[str, Tensor]], max_tokens: int, weights_file: str) -> None:
         self._constants = constants
         self._max_tokens = max_tokens
         self._graph = GraphWriter(weights_file)
@@ -202,14 +196,14 @@ class _Translator:
     def multiply(self, node: fx.Node) -> int:
         return self._graph.multiply(self._value(node.args[0]), self._value(node.args[1]))
 
-    def alias(self, node: fx.Node) -> int:
-        return self._value(node.args[0])
-
     def view(self, node: fx.Node) -> int:
         return self._graph.reshape(self._value(node.args[0]), self._shape(node))
 
-    def permute(self, node: fx.Node) -> int:
-        return self._graph.transpose(self._value(node.args[0]), list(node.args[1]))
+    def transpose(self, node: fx.Node) -> int:
+        x, first, second = node.args
+        order = list(range(len(node.meta["val"].shape)))
+        order[first], order[second] = order[second], order[first]
+        return self._graph.transpose(self._value(x), order)
 
     def linear_int4(self, node: fx.Node) -> int:
         x, qdata, scale, offset = node.args
@@ -265,7 +259,9 @@ class _Translator:
         gate, up = self._value(node.args[0]), self._value(node.args[1])
         # gelu_tanh(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) = x sigmoid(x (a + b x^2))
         slope = 2 * (2 / torch.pi) ** 0.5
-        inner = graph.add(graph.multiply(graph.multiply(gate, gate), graph.scalar(slope * 0.044715)), graph.scalar(slope))
+        inner = graph.add(
+            graph.multiply(graph.multiply(gate, gate), graph.scalar(slope * 0.044715)), graph.scalar(slope)
+        )
         return graph.multiply(graph.multiply(gate, graph.sigmoid(graph.multiply(gate, inner))), up)
 
 
@@ -280,6 +276,6 @@ _WRITERS: dict[Any, Callable[[_Translator, fx.Node], int]] = {
     _aten.add.Tensor: _Translator.add,
     _aten.mul.Tensor: _Translator.multiply,
     _aten.view.default: _Translator.view,
-    _aten.permute.default: _Translator.permute,
-    _aten.clone.default: _Translator.alias,
+    _aten.reshape.default: _Translator.view,
+    _aten.transpose.int: _Translator.transpose,
 }

@@ -63,7 +63,9 @@ class FusedLinear(nn.Module):
     Rows of a matrix do not meet in the kernels, so fusing changes no bit of the result.
     """
 
-    def __init__(self, names: Sequence[str], formats: Sequence[WeightFormat], rows: Sequence[int], columns: int) -> None:
+    def __init__(
+        self, names: Sequence[str], formats: Sequence[WeightFormat], rows: Sequence[int], columns: int
+    ) -> None:
         super().__init__()
         self.rows = list(rows)
         self.place: dict[str, tuple[int, int]] = {}  # name -> (matrix, first row)

@@ -52,7 +52,9 @@ class Signature:
         """Read the formats from a checkpoint; one row of every matrix is looked at."""
         if kv_format not in KV_FORMATS:
             raise G4Error(f"Unknown KV format {kv_format!r}.", hint=f"Choose from {', '.join(KV_FORMATS)}.")
-        matrices = [name for name in checkpoint.names() if name in (_EMBEDDING, _LM_HEAD) or name.endswith("_proj.weight")]
+        matrices = [
+            name for name in checkpoint.names() if name in (_EMBEDDING, _LM_HEAD) or name.endswith("_proj.weight")
+        ]
         formats = {name: packed_format(checkpoint.tensor(name), name) for name in matrices}
         return cls(checkpoint.config, formats, cache, kv_format)
 
@@ -130,7 +132,10 @@ class CudaModel(nn.Module):
         if layer.kind != "full_attention" or not kv_format.endswith("tq4"):
             return set()
         folded = kv_format.startswith("folded") and layer.k_eq_v
-        return {layer.head_dim, 2 * int(layer.partial_rotary_factor * layer.head_dim // 2) if folded else layer.head_dim}
+        return {
+            layer.head_dim,
+            2 * int(layer.partial_rotary_factor * layer.head_dim // 2) if folded else layer.head_dim,
+        }
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         angles = {kind: rotary(input_pos) for kind, rotary in self.rotary_emb.items()}
