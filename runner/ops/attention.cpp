@@ -1,10 +1,10 @@
 // g4::attention.out(q, k_cache, v_cache, input_pos, window, *, out): attention over a ring or flat cache whose cost follows
 // the positions that a query sees and not the slots that are allocated. Python's side is gemma4cli/kernels/cpu_attention.
 #include "attention_kernel.h"
+#include "operators.h"
 
 #include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 #include <executorch/runtime/kernel/kernel_runtime_context.h>
-#include <executorch/runtime/kernel/operator_registry.h>
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 
 #include <algorithm>
@@ -18,9 +18,7 @@ namespace {
 using executorch::aten::ScalarType;
 using executorch::aten::Tensor;
 using executorch::runtime::Error;
-using executorch::runtime::EValue;
 using executorch::runtime::KernelRuntimeContext;
-using executorch::runtime::Span;
 
 // Below this many multiply-adds, waking the thread pool costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 16;
@@ -193,42 +191,19 @@ Tensor& attention_out(KernelRuntimeContext& context, const Tensor& q, const Tens
   return out;
 }
 
-// ExecuTorch passes the six arguments in the order of the schema, then the returned value.
-void attention_out_boxed(KernelRuntimeContext& context, Span<EValue*> stack) {
-  attention_out(context, stack[0]->toTensor(), stack[1]->toTensor(), stack[2]->toTensor(), stack[3]->toTensor(),
-                stack[4]->toInt(), stack[5]->toTensor());
-}
-
-constexpr char kName[] = "g4::attention.out";
-
-// A process can meet this library twice, from a wheel and from a build folder; registering a name twice aborts.
-Error register_once() {
-  for (const auto& kernel : executorch::runtime::get_registered_kernels()) {
-    if (std::strcmp(kernel.name_, kName) == 0) return Error::Ok;
-  }
-  return executorch::runtime::register_kernel(executorch::runtime::Kernel(kName, attention_out_boxed));
-}
-
-const Error registered = register_once();
-
 }  // namespace
 
-extern const Error sample_registered;  // sample.cpp
+void attention_out_boxed(KernelRuntimeContext& context, Arguments arguments) {
+  attention_out(context, arguments[0]->toTensor(), arguments[1]->toTensor(), arguments[2]->toTensor(),
+                arguments[3]->toTensor(), arguments[4]->toInt(), arguments[5]->toTensor());
+}
 
 }  // namespace g4
 
-extern "C" {
-
-__attribute__((visibility("default"))) int g4_kernels_registered() {
-  return g4::registered == executorch::runtime::Error::Ok;
-}
-
 // For tests and measurements: use one instruction set ("avx512", "avx2", "portable"; null chooses the best again).
 // Returns 0, and changes nothing, when this machine lacks it.
-__attribute__((visibility("default"))) int g4_select_attention_kernel(const char* name) {
+extern "C" __attribute__((visibility("default"))) int g4_select_attention_kernel(const char* name) {
   const g4::AttentionKernel* const kernel = g4::select_kernel(name);
   if (kernel != nullptr) g4::selected = kernel;
   return kernel != nullptr;
 }
-
-}  // extern "C"

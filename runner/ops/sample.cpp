@@ -2,9 +2,10 @@
 // The definition is gemma4cli/model/sampling.py; this follows it in the same float32 steps and draws the same noise, but
 // computes exponentials and noise only for the tokens that are still in the running. Python's side is
 // gemma4cli/kernels/cpu_sampling.
+#include "operators.h"
+
 #include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 #include <executorch/runtime/kernel/kernel_runtime_context.h>
-#include <executorch/runtime/kernel/operator_registry.h>
 
 #include <algorithm>
 #include <cmath>
@@ -18,9 +19,7 @@ namespace g4 {
 using executorch::aten::ScalarType;
 using executorch::aten::Tensor;
 using executorch::runtime::Error;
-using executorch::runtime::EValue;
 using executorch::runtime::KernelRuntimeContext;
-using executorch::runtime::Span;
 
 namespace {
 
@@ -173,25 +172,12 @@ Tensor& sample_out(
   return out;
 }
 
-// ExecuTorch passes the eight arguments in the order of the schema, then the returned value.
-void sample_out_boxed(KernelRuntimeContext& context, Span<EValue*> stack) {
-  sample_out(context, stack[0]->toTensor(), stack[1]->toTensor(), stack[2]->toTensor(), stack[3]->toTensor(),
-             stack[4]->toTensor(), stack[5]->toTensor(), stack[6]->toTensor(), stack[7]->toTensor());
-}
-
-constexpr char kName[] = "g4::sample.out";
-
-// A process can meet this library twice, from a wheel and from a build folder; registering a name twice aborts.
-Error register_once() {
-  for (const auto& kernel : executorch::runtime::get_registered_kernels()) {
-    if (std::strcmp(kernel.name_, kName) == 0) return Error::Ok;
-  }
-  return executorch::runtime::register_kernel(executorch::runtime::Kernel(kName, sample_out_boxed));
-}
-
 }  // namespace
 
-extern const Error sample_registered;
-const Error sample_registered = register_once();
+void sample_out_boxed(KernelRuntimeContext& context, Arguments arguments) {
+  sample_out(context, arguments[0]->toTensor(), arguments[1]->toTensor(), arguments[2]->toTensor(),
+             arguments[3]->toTensor(), arguments[4]->toTensor(), arguments[5]->toTensor(), arguments[6]->toTensor(),
+             arguments[7]->toTensor());
+}
 
 }  // namespace g4
