@@ -261,7 +261,9 @@ def require_space(target: Path, plan: CheckpointPlan) -> None:
     """
     partial = target.with_name(f".{target.name}.partial")
     there = sum((partial / shard.file).stat().st_size for shard in plan.shards if (partial / shard.file).is_file())
-    require_free_space(target.parent, sum(plan.files.values()) - there, f"The checkpoint {target.name}")
+    # The manifest and its next version, at about 300 bytes for each tensor.
+    manifest = 2 * (len(plan.layout) * 400 + 16_384)
+    require_free_space(target.parent, sum(plan.files.values()) + manifest - there, f"The checkpoint {target.name}")
 
 
 def _write_shard(folder: Path, shard: ShardPlan, produce: Produce, task: Task) -> dict[str, TensorRecord]:

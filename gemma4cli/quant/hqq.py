@@ -7,7 +7,7 @@ Half-quadratic splitting introduces an error variable e and alternates
     e    <- shrink(w - scale * (q - zero)),   shrink(r) = sign(r) * max(0, |r| - |r|^(p-1) / beta)
     zero <- mean(q - (w - e) / scale)
 
-while beta grows by a factor each round. Three things differ from the paper, each measured in docs/quantization.md:
+while beta grows by a factor each round. Three things differ from the paper (docs/quantization.md compares results):
 
 - errors are measured in units of the group's scale, so that beta means the same for large and small weights (on raw
   weights of 0.02 the paper's beta = 10 shrinks every error to zero and p plays no part);

@@ -192,7 +192,7 @@ def quantize_tensor(weight: Tensor, spec: QuantSpec, device: torch.device) -> tu
     builder = MatrixBuilder(tuple(weight.shape), spec)
     error = norm = 0.0
     for row in range(0, weight.shape[0], rows):
-        slab = weight[row : row + rows].to(device, torch.float32)
+        slab = weight[row : row + rows].to(device).float()
         quantized = quantize(slab, spec)
         builder.put(row, quantized.to("cpu"))
         norm = math.hypot(norm, _norm(slab))
