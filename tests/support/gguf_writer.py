@@ -1,7 +1,7 @@
 """Write GGUF files as llama.cpp's converter does, from a checkpoint folder, with the `gguf` package.
 
 `describe` turns a folder into metadata and float tensors; tests change either before `write` puts them into a file.
-Types that gguf-py can quantize are quantized by it; K-quants, which it can only decode, get random codes.
+Types that gguf-py can quantize are quantized by it, Q4_K and Q6_K plainly by us; the others get random codes.
 `pack` spells a file out byte by byte, for files that no writer would write.
 """
 
@@ -65,8 +65,11 @@ class Model:
         return self
 
 
-def describe(folder: Path, kind: GGML = GGML.F32, *, seed: int = 0) -> Model:
-    """Read a checkpoint folder; matrices get type `kind`, everything else float32, as llama.cpp writes it."""
+def describe(folder: Path, kind: GGML = GGML.F32, *, embedding: GGML | None = None, seed: int = 0) -> Model:
+    """Read a checkpoint folder; matrices get type `kind`, everything else float32, as llama.cpp writes it.
+
+    Q4_K_M is Q4_K with an embedding in Q6_K (and some v_proj and down_proj, which stay Q4_K here).
+    """
     config = Gemma4Config.from_dir(folder)
     model = Model(_config_keys(config) | tokenizer_keys(folder) | _folder_keys(folder))
     weights: dict[str, Any] = {}
@@ -78,8 +81,9 @@ def describe(folder: Path, kind: GGML = GGML.F32, *, seed: int = 0) -> Model:
         stored = weights[name.replace("model.", "model.language_model.", 1)] if stored is None else stored
         values = stored.float().numpy()
         if values.ndim == 2:
-            model.types[gguf_name(name)] = kind
-            model.tensors[gguf_name(name)] = encode(values, kind, rng)
+            chosen = embedding if embedding is not None and "embed" in name else kind
+            model.types[gguf_name(name)] = chosen
+            model.tensors[gguf_name(name)] = encode(values, chosen, rng)
         else:
             model.tensors[gguf_name(name)] = values
     pairs = config.global_head_dim // 2
@@ -94,7 +98,51 @@ def encode(values: np.ndarray, kind: GGML, rng: np.random.Generator) -> np.ndarr
         return values.astype(np.float32 if kind == GGML.F32 else np.float16)
     if kind == GGML.BF16 or kind in QUANTIZED_BY_GGUF_PY:
         return quantize(values, kind)
+    if kind in _K_QUANTIZERS:
+        return _K_QUANTIZERS[kind](values)
     return random_blocks(kind, values.shape, rng)
+
+
+def _super_blocks(values: np.ndarray, group: int) -> np.ndarray:
+    """float32 [super-blocks, groups, group]"""
+    return values.astype(np.float32).reshape(-1, 256 // group, group)
+
+
+def _divide(values: np.ndarray, by: np.ndarray) -> np.ndarray:
+    return np.where(by == 0, 0, values / np.where(by == 0, 1, by))
+
+
+def _q4_k(values: np.ndarray) -> np.ndarray:
+    """Min-max Q4_K: a plain quantizer, good enough to keep a model's answers (llama.cpp searches for better scales)."""
+    groups = _super_blocks(values, 32)
+    minimum = np.maximum(-groups.min(-1), 0)
+    scale = (np.maximum(groups.max(-1), 0) + minimum) / 15
+    d, dmin = ((level.max(-1, keepdims=True) / 63).astype(np.float16) for level in (scale, minimum))
+    sub = np.clip(np.rint(_divide(scale, d.astype(np.float32))), 0, 63).astype(np.uint8)
+    sub_min = np.clip(np.rint(_divide(minimum, dmin.astype(np.float32))), 0, 63).astype(np.uint8)
+    offset = (dmin.astype(np.float32) * sub_min)[..., None]
+    codes = np.clip(np.rint(_divide(groups + offset, (d.astype(np.float32) * sub)[..., None])), 0, 15).astype(np.uint8)
+    pairs = codes.reshape(-1, 4, 2, 32)
+    low, high = (sub[:, :4], sub_min[:, :4]), (sub[:, 4:], sub_min[:, 4:])
+    packed = [low[i] | ((high[i] >> 4) << 6) for i in (0, 1)] + [(high[0] & 15) | ((high[1] & 15) << 4)]
+    quants = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(-1, 128)
+    return np.concatenate([d.view(np.uint8), dmin.view(np.uint8), *packed, quants], axis=1).reshape(len(values), -1)
+
+
+def _q6_k(values: np.ndarray) -> np.ndarray:
+    """Symmetric Q6_K, as plainly."""
+    groups = _super_blocks(values, 16)
+    scale = np.abs(groups).max(-1) / 31
+    d = (scale.max(-1, keepdims=True) / 127).astype(np.float16)
+    sub = np.clip(np.rint(_divide(scale, d.astype(np.float32))), 0, 127).astype(np.int8)
+    steps = (d.astype(np.float32) * sub)[..., None]
+    codes = (np.clip(np.rint(_divide(groups, steps)), -32, 31) + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
+    low = np.concatenate([codes[:, :, :2] & 15 | (codes[:, :, 2:] & 15) << 4], axis=2).reshape(-1, 128)
+    high = sum((codes[:, :, part] >> 4) << (2 * part) for part in range(4)).reshape(-1, 64)
+    return np.concatenate([low, high, sub.view(np.uint8), d.view(np.uint8)], axis=1).reshape(len(values), -1)
+
+
+_K_QUANTIZERS = {GGML.Q4_K: _q4_k, GGML.Q6_K: _q6_k}
 
 
 def random_blocks(kind: GGML, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

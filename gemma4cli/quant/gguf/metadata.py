@@ -118,9 +118,12 @@ def read_config(gguf: GGUF, vocabulary: Vocabulary) -> dict[str, Any]:
 
 def read_generation_config(gguf: GGUF, vocabulary: Vocabulary) -> tuple[dict[str, Any], bool]:
     """Return `generation_config.json`, and whether its sampling settings are the file's own (else Gemma 4's)."""
-    stop_ids = {vocabulary.ids[text] for text in _STOP_TEXTS if text in vocabulary.ids}
-    stop_ids |= {vocabulary.named[name] for name in ("eos", "eot", "eom") if name in vocabulary.named}
-    document: dict[str, Any] = {"bos_token_id": vocabulary.named["bos"], "eos_token_id": sorted(stop_ids)}
+    stop_ids = [vocabulary.ids[text] for text in _STOP_TEXTS if text in vocabulary.ids]
+    stop_ids += [vocabulary.named[name] for name in ("eos", "eot", "eom") if name in vocabulary.named]
+    document: dict[str, Any] = {
+        "bos_token_id": vocabulary.named["bos"],
+        "eos_token_id": list(dict.fromkeys(stop_ids)),
+    }
     if "pad" in vocabulary.named:
         document["pad_token_id"] = vocabulary.named["pad"]
     found = {name: gguf.metadata.get(f"general.sampling.{key}") for name, key in _SAMPLING_KEYS.items()}
