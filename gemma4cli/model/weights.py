@@ -145,7 +145,7 @@ def build_model(
     with progress.phase("load weights", reader.nbytes) as task:
         for name, tensor in reader.stream():
             check_shapes({name: expected[name]}, {name: tuple(tensor.shape)}, where="the checkpoint")
-            task.advance(tensor.nbytes, name)
+            task.advance(_stored_bytes(tensor), name)
             prepared = tensor if prepare is None else prepare(name, tensor)
             is_plain = type(prepared) is Tensor
             _assign(model, name, prepared.to(device, dtype) if is_plain else prepared.to(device))
@@ -236,6 +236,14 @@ def _our_name(key: str) -> str:
 
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    """Return a tensor's bytes in memory: of codes, scales and zero points for one of torchao's."""
+    if type(tensor) is Tensor:
+        return tensor.nbytes
+    parts, _ = tensor.__tensor_flatten__()
+    return sum(getattr(tensor, part).nbytes for part in parts)
 
 
 def _assign(model: Gemma4, name: str, tensor: Tensor) -> None:

@@ -228,9 +228,10 @@ def test_exports_with_operators_that_executorch_has() -> None:
         "_assert_tensor_metadata",  # dropped by every lowering
     }  # fmt: skip
     assert targets <= allowed, targets - allowed
-    for position in range(20):
+    exported = program.module()
+    for position in range(5):
         inputs = (inputs[0], torch.tensor([position]), *inputs[2:])
-        assert torch.equal(program.module()(*inputs), sample(*inputs))
+        assert torch.equal(exported(*inputs), sample(*inputs))
 
 
 def test_gemmas_vocabulary_costs_less_than_a_second() -> None:
