@@ -243,6 +243,7 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tiny: Path, tmp_path: Path
     program = """
 import os, signal, sys
 from pathlib import Path
+from gemma4cli.quant.gguf import convert
 one = convert._record
 def record(source, *rest):
     if source.name == "blk.8.ffn_up.weight":
