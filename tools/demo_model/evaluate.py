@@ -1,8 +1,8 @@
 """Measure held-out accuracy per task through g4's own engines: a checkpoint in eager PyTorch, a bundle in the runner.
 
-    python -m tools.demo_model.evaluate gemma4cli/data/demo --label bf16 --results bench/results/demo-model-accuracy.json
-    python -m tools.demo_model.evaluate CHECKPOINT_OR_BUNDLE --label int4 --results … --questions 64
-    python -m tools.demo_model.evaluate --table --results bench/results/demo-model-accuracy.json
+    python -m tools.demo_model.evaluate gemma4cli/data/demo --label bf16
+    python -m tools.demo_model.evaluate CHECKPOINT_OR_BUNDLE --label int4 --questions 64
+    python -m tools.demo_model.evaluate --table
 
 Answers are greedy. Every path is asked the same questions.
 """
@@ -28,6 +28,8 @@ from tools.demo_model.tasks import Exchange
 
 GREEDY = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 TURN_MARKS = 9  # as in training rows, so that the long chats are the same
+LONG_ANSWERS = {"story", "count"}  # a few hundred tokens each: a quarter of the questions
+RESULTS = Path(__file__).parents[2] / "bench" / "results" / "demo-model-accuracy.json"
 
 
 def open_engine(path: Path) -> tuple[str, Engine]:
@@ -35,7 +37,7 @@ def open_engine(path: Path) -> tuple[str, Engine]:
     if (path / "model.pte").is_file():
         from gemma4cli.engine.runner import RunnerEngine
 
-        return "runner", RunnerEngine.from_bundle(path)
+        return "runner", RunnerEngine(path)
     from gemma4cli.engine.eager import EagerEngine
 
     return "eager", EagerEngine.from_checkpoint(path, context_length=network.CONTEXT)
@@ -68,7 +70,8 @@ def measure(path: Path, questions: int, long_questions: int, only: list[str]) ->
             if only and name not in only:
                 continue
             is_long = name in {f"recall-{tokens}" for tokens in heldout.RECALL_TOKENS}
-            asked = heldout.questions(name, make, long_questions if is_long else questions)
+            count = long_questions if is_long else questions // 4 if name in LONG_ANSWERS else questions
+            asked = heldout.questions(name, make, count)
             right = sum(heldout.is_right(chat, reply(engine, model_chat, chat)) for chat in asked)
             accuracy[name] = {"right": right, "asked": len(asked)}
             print(f"{name:32s} {right:4d}/{len(asked)}  {time.perf_counter() - started:6.0f} s", flush=True)
@@ -98,9 +101,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, nargs="?", help="a checkpoint, plain or quantized, or a bundle")
     parser.add_argument("--label", help="name of this measurement in the results")
-    parser.add_argument("--results", type=Path, required=True, help="JSON file that keeps all measurements")
-    parser.add_argument("--questions", type=int, default=128, help="questions per task")
-    parser.add_argument("--long-questions", type=int, default=64, help="questions per task of thousands of tokens")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file that keeps all measurements")
+    parser.add_argument("--questions", type=int, default=64, help="questions per task")
+    parser.add_argument("--long-questions", type=int, default=24, help="questions per task of thousands of tokens")
     parser.add_argument("--task", action="append", default=[], help="only this task (may be repeated)")
     parser.add_argument("--table", action="store_true", help="print the results as Markdown")
     arguments = parser.parse_args()

@@ -12,6 +12,7 @@ from tools.demo_model.tasks import Exchange
 
 SEED = 99
 RECALL_TOKENS = (1024, 2048, 4096, 7680)
+HARDER = "word-problem, 4 changes"  # training stops at three: the task where damage shows first
 END_OF_THOUGHT = "<channel|>"
 
 Length = Callable[[Exchange], int]
@@ -57,6 +58,7 @@ def suites(length: Length) -> dict[str, Callable[[random.Random], Chat]]:
         "story": tasks.story,
     }.items():
         made[name] = partial(_alone, generator, False)
+    made[HARDER] = partial(_alone, partial(tasks.word_problem, changes=4), False)
     made["small-talk"] = _small_talk
     made["system-prompt"] = partial(chats.styled, held_out=True)
     made["recall-short"] = partial(_recall, chats.recall_short)

@@ -193,13 +193,13 @@ _GAIN = ["{n} finds {k} more.", "{n} buys {k} more.", "{m} gives {n} {k} more.",
 _LOSE = ["{n} gives {k} to {m}.", "{n} loses {k}.", "{n} sells {k} of them.", "Then {n} gives away {k}."]
 
 
-def word_problem(rng: random.Random) -> Exchange:
-    """Two or three changes to a number of things; the thought is the running total."""
+def word_problem(rng: random.Random, changes: int = 0) -> Exchange:
+    """A number of things that changes one to three times, or `changes` times; the thought is the running total."""
     name, other = rng.sample(facts.NAMES, 2)
     goods = rng.choice(facts.GOODS)
     total = rng.randrange(3, 60)
     story, steps = [f"{name} has {total} {goods}."], []
-    for _ in range(rng.choice([1, 2, 2, 3])):
+    for _ in range(changes or rng.choice([1, 2, 2, 3])):
         gain = total < 5 or rng.random() < 0.5
         change = rng.randrange(1, 40) if gain else rng.randrange(1, total)
         after = total + change if gain else total - change
