@@ -18,8 +18,6 @@ while beta grows by a factor each round. Three things differ from the paper (doc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,8 @@ _BETA = 2.0
 _BETA_GROWTH = 1.1
 _ROUNDS = 20
 # Weights at a time: a handful of float32 buffers of this size stay in a CPU's cache, or fill a GPU.
-_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 25}
+_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 25}
+_TINY = 1e-12
 # Zero points are stored as multiples of this, so that subtracting 8 (another class's code range) stays exact.
 _ZERO_STEP = 1 / 256
 
@@ -45,86 +44,74 @@ def quantize_hqq(weight: Tensor, spec: QuantSpec) -> Quantized:
 
 def lp_error(error: Tensor) -> Tensor:
     """Return sum |error|^p over the last dimension."""
-    return _powers(error.abs())[1].sum(-1)
+    return error.abs().pow(P).sum(-1)
 
 
 def _quantize_rows(weight: Tensor, spec: QuantSpec) -> Quantized:
     groups = in_groups(weight, spec)
     codes = CodeRange.of(spec)
     unit, zero = min_max_parameters(groups, spec)
-    w = groups / unit[..., None]
-    min_max = _Trial(w, unit, torch.ones_like(unit), zero.round(), codes)
-    best = _Best(min_max.error, min_max.scale, min_max.zero)
     scale = torch.ones_like(unit)
+    solver = _Solver(groups, unit, spec)
+    solver.attempt(scale, zero.round())  # exactly min-max
     beta = _BETA
     for _ in range(_ROUNDS):
-        trial = _Trial(w, unit, scale, zero, codes)
-        best.offer(trial)
-        scale, zero = _fit(trial.target(w, beta), trial.q, scale, zero, spec, codes)
+        solver.attempt(scale, zero)
+        scale, zero = solver.refit(scale, zero, beta)
         beta *= _BETA_GROWTH
-    return encode(groups, best.scale, best.zero, codes)
+    return encode(groups, solver.best_scale, solver.best_zero, codes)
 
 
-class _Trial:
-    """One round: the codes that a scale and a zero point give, and what error they leave.
+class _Solver:
+    """The two half steps on one chunk, and the best parameters met so far per group.
 
-    Args:
-        w: [N, G, g] weights in units of `unit`, [N, G]; scale is in the same units.
+    All matrices are [N, G, g] in units of `unit`, [N, G]. Buffers are reused: allocating them each round takes longer
+    than the arithmetic.
     """
 
-    def __init__(self, w: Tensor, unit: Tensor, scale: Tensor, zero: Tensor, codes: CodeRange) -> None:
-        self.scale, self.zero = stored_scale(scale * unit), stored_zero(zero)
-        step, zero = (self.scale / unit)[..., None], self.zero[..., None]
-        self.q = (w / step).add_(zero).round_().clamp_(codes.low, codes.high)
-        self.residual = w - (self.q - zero).mul_(step)
-        self.size = self.residual.abs()
-        self.slope, power = _powers(self.size)
-        self.error = power.sum(-1)
+    def __init__(self, groups: Tensor, unit: Tensor, spec: QuantSpec) -> None:
+        self._unit, self._spec, self._codes = unit, spec, CodeRange.of(spec)
+        self._w = groups / unit[..., None]
+        self._q, self._residual, self._weighting, self._product = (torch.empty_like(self._w) for _ in range(4))
+        self._error = torch.full_like(unit, torch.inf)
+        self.best_scale, self.best_zero = torch.empty_like(unit), torch.empty_like(unit)
 
-    def target(self, w: Tensor, beta: float) -> Tensor:
-        """Return w - shrink(residual), using up the trial's buffers."""
-        return w - self.size.sub_(self.slope.div_(beta)).clamp_(min=0).copysign_(self.residual)
+    def attempt(self, scale: Tensor, zero: Tensor) -> None:
+        """Quantize with what would be stored of a scale and zero point, and remember them where they are the best."""
+        stored, zero = stored_scale(scale * self._unit), stored_zero(zero)
+        step, shift = (stored / self._unit)[..., None], zero[..., None]
+        torch.div(self._w, step, out=self._q).add_(shift).round_().clamp_(self._codes.low, self._codes.high)
+        torch.sub(self._q, shift, out=self._residual).mul_(step)
+        torch.sub(self._w, self._residual, out=self._residual)
+        # |r|^(p-2): one logarithm and one exponential are five times faster than torch.pow.
+        torch.abs(self._residual, out=self._weighting)
+        self._weighting.clamp_(min=_TINY).log_().mul_(P - 2).exp_()
+        error = torch.mul(self._residual, self._residual, out=self._product).mul_(self._weighting).sum(-1)
+        better = error < self._error
+        self._error = torch.where(better, error, self._error)
+        self.best_scale = torch.where(better, stored, self.best_scale)
+        self.best_zero = torch.where(better, zero, self.best_zero)
 
+    def refit(self, scale: Tensor, zero: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+        """Return the scale and zero point that are best once the shrunken errors are taken out of the weights."""
+        # shrink(r) = r * max(0, 1 - |r|^(p-2) / beta)
+        shrunk = self._residual.mul_(self._weighting.div_(-beta).add_(1).clamp_(min=0))
+        target = torch.sub(self._w, shrunk, out=shrunk)
+        if self._spec.symmetric:
+            centred = self._q.sub_(self._codes.centre)
+            return self._slope(centred, target, scale), zero
+        mean = self._q.mean(-1)
+        centred = self._q.sub_(mean[..., None])
+        scale = self._slope(centred, target, scale)
+        return scale, mean - target.mean(-1) / scale
 
-@dataclass
-class _Best:
-    """The best parameters met so far, per group."""
-
-    error: Tensor
-    scale: Tensor
-    zero: Tensor
-
-    def offer(self, trial: _Trial) -> None:
-        better = trial.error < self.error
-        self.error = torch.where(better, trial.error, self.error)
-        self.scale = torch.where(better, trial.scale, self.scale)
-        self.zero = torch.where(better, trial.zero, self.zero)
+    def _slope(self, x: Tensor, y: Tensor, otherwise: Tensor) -> Tensor:
+        """Return sum(xy) / sum(xx); a group whose codes are all equal, or run backwards, keeps its scale."""
+        xy = torch.mul(x, y, out=self._product).sum(-1)
+        xx = torch.mul(x, x, out=self._product).sum(-1)
+        return torch.where((xx > 0) & (xy > 0), xy / xx.clamp(min=_TINY), otherwise)
 
 
 def stored_zero(zero: Tensor) -> Tensor:
     """Round a zero point to what the checkpoint holds, as float32."""
-    return (zero / _ZERO_STEP).round().mul(_ZERO_STEP).bfloat16().float()
-
-
-def _powers(size: Tensor) -> tuple[Tensor, Tensor]:
-    """Return |r|^(p-1) and |r|^p; one logarithm and one exponential are five times faster than torch.pow."""
-    positive = size.clamp(min=1e-12)
-    slope = positive.log().mul_(P - 1).exp_()
-    return slope, positive.mul_(slope)
-
-
-def _fit(target: Tensor, q: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, codes: CodeRange) -> tuple:
-    """Return the least-squares scale and zero, [N, G] each, of target = scale * (q - zero)."""
-    if spec.symmetric:
-        centred = q - codes.centre
-        return _ratio((centred * target).sum(-1), centred.square().sum(-1), scale), zero
-    mean = q.mean(-1)
-    centred = q - mean[..., None]
-    scale = _ratio((centred * target).sum(-1), centred.square().sum(-1), scale)
-    return scale, mean - target.mean(-1) / scale
-
-
-def _ratio(numerator: Tensor, denominator: Tensor, otherwise: Tensor) -> Tensor:
-    """Divide where that gives a usable scale: a group whose codes are all equal, or run backwards, keeps its own."""
-    usable = (denominator > 0) & (numerator > 0)
-    return torch.where(usable, numerator / denominator.clamp(min=1e-12), otherwise)
+    return (zero / _ZERO_STEP).round_().mul_(_ZERO_STEP).bfloat16().float()
