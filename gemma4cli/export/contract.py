@@ -20,12 +20,12 @@ DECODE = "decode"
 METHODS = (PREFILL, DECODE)
 
 MIN_PREFILL_TOKENS = 2
-"""`prefill` takes 2 … prefill_chunk tokens, `decode` exactly 1: a dynamic dimension that may be 1 would be specialized."""
+"""`prefill` takes 2 … prefill_chunk tokens, `decode` exactly 1: tracing fixes a dimension that may be 1."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: dtype "i64" or "f32"; a dimension is a number, "T" (tokens of this call) or "V" (vocabulary)."""
+    """An input or output: dtype "i64" or "f32"; a dimension is a number, "T" (tokens of the call) or "V" (vocabulary)."""
 
     name: str
     dtype: str

@@ -20,7 +20,7 @@ from gemma4cli.model.config import Gemma4Config, LayerConfig
 from gemma4cli.model.kv_cache import CacheSpec, KVCache
 from gemma4cli.model.rope import RotaryEmbedding
 from gemma4cli.progress import SILENT, Progress
-from gemma4cli.quant.checkpoint import CheckpointReader
+from gemma4cli.quant.checkpoint import Checkpoint
 from gemma4cli.quant.tensors import is_quantized
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -31,7 +31,7 @@ LM_HEAD = "lm_head.weight"
 class _Weights:
     """Reads tensors by name, brings them into the CPU's forms, and remembers which of them changed."""
 
-    reader: CheckpointReader
+    reader: Checkpoint
     progress: Progress
     changes: dict[str, Change] = field(default_factory=dict)
 
@@ -42,9 +42,8 @@ class _Weights:
         layer, change = prepare_linear(self.reader.tensor(source or name))
         if change is not None:
             self.changes[name] = change
-            self.progress.note(
-                f"{name}: the CPU has no {change.stored}; it becomes {change.becomes}, error {change.relative_error:.3%}."
-            )
+            error = f"{change.relative_error:.3%}"
+            self.progress.note(f"{name}: the CPU has no {change.stored}; it becomes {change.becomes}, error {error}.")
         return layer
 
 
@@ -178,7 +177,7 @@ class CpuGemma4(nn.Module):
 
 
 def build_cpu_model(
-    reader: CheckpointReader, context_length: int, prefill_chunk: int, progress: Progress = SILENT
+    reader: Checkpoint, context_length: int, prefill_chunk: int, progress: Progress = SILENT
 ) -> CpuGemma4:
     """Build the eager model that the CPU backend exports. Its caches are float32."""
     cache = CacheSpec(context_length, prefill_chunk, torch.float32)

@@ -5,7 +5,7 @@ of 32 weights, or by 8-bit weights with zero point 0 and one float32 scale per r
 
 | stored | becomes | exact |
 |---|---|---|
-| 4 bits, any zero point | the codes, and per group an offset scale * (8 - zero point) that multiplies sums of inputs | yes |
+| 4 bits, any zero point | the codes, and per group an offset scale * (8 - zero point) times a sum of inputs | yes |
 | 5 to 8 bits in groups | two 4-bit planes, code = 16 * high + low, and an offset | yes |
 | 8 bits per row | as it is, and an offset when it is asymmetric | yes |
 | scales that bfloat16 cannot hold (GGUF) | the same codes and offset, rounded scales | no, error measured |
@@ -72,7 +72,9 @@ class CpuLinear(nn.Module):
 
     def values(self, rows: slice) -> Tensor:
         """Return rows of the matrix that this layer multiplies by, float32."""
-        total = sum(self._plane_values(index, rows) for index in range(self.planes))
+        total = self._plane_values(0, rows)
+        for index in range(1, self.planes):
+            total = total + self._plane_values(index, rows)
         if self.offset is not None:
             total = total + self.offset[rows].repeat_interleave(total.shape[1] // self.offset.shape[1], dim=1)
         return total
@@ -124,6 +126,10 @@ class Stored:
         codes = self.codes(rows).float().unflatten(1, (-1, self.group))
         return ((codes - self.zero_point[rows, :, None]) * self.scale[rows, :, None]).flatten(1)
 
+    def may_have_offset(self, zero: float) -> bool:
+        """Tell whether some zero point is not `zero`; a tensor on the meta device cannot say no."""
+        return self.zero_point.is_meta or bool((self.zero_point != zero).any())
+
     def describe(self) -> str:
         return f"int{self.bits} {'per row' if self.scale.shape[1] == 1 else f'g{self.group}'}"
 
@@ -145,6 +151,21 @@ def prepare_linear(tensor: Tensor) -> tuple[CpuLinear, Change | None]:
     if torch.equal(scale.float(), stored.scale):
         return layer, None
     return _changed(stored, layer, f"{stored.describe()} with bfloat16 scales")
+
+
+def planned_bytes(tensor: Tensor) -> int:
+    """Return the bytes of what `prepare_linear` makes of a matrix, without reading its codes."""
+    rows, columns = tensor.shape
+    if not is_quantized(tensor):
+        return 4 * rows * columns
+    stored = Stored.of(tensor)
+    groups = stored.scale.shape[1]
+    if not stored.packed and groups == 1:
+        return rows * columns + 4 * rows + (4 * rows if stored.may_have_offset(0) else 0)
+    if stored.group % _GROUP_MULTIPLE:
+        return rows * columns + 4 * rows
+    offset = 4 * rows * groups if stored.may_have_offset(INT4_CENTRE) else 0
+    return (1 if stored.packed else 2) * (rows * columns // 2 + 2 * rows * groups) + offset
 
 
 def _two_planes(codes: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,21 +12,26 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, Executor
 from executorch.exir.passes import MemoryPlanningPass
 from torch.export import ExportedProgram
 
+from gemma4cli.export.bundle import PROGRAM_FILE
 from gemma4cli.export.contract import DECODE, Contract
 from gemma4cli.export.xnnpack import delegate
+from gemma4cli.export.xnnpack_graph import WeightData
 
-PROGRAM_FILE = "model.pte"
 WEIGHTS_FILE = "weights.ptd"
+_TAG = WEIGHTS_FILE.removesuffix(".ptd")
 
 
-def lower(programs: Mapping[str, ExportedProgram], contract: Contract) -> ExecutorchProgramManager:
+def lower(
+    programs: Mapping[str, ExportedProgram], contract: Contract, scratch: Path | None = None
+) -> ExecutorchProgramManager:
     """Lower both methods together, so that they share their caches and weights.
 
-    Raises: RuntimeError when a method would copy a cache instead of writing in place.
+    scratch: an existing folder where converted weights wait on disk until the program is written and released.
     """
+    weights = WeightData(_TAG, scratch)
     with quiet():
         for name, program in programs.items():
-            delegate(program, 1 if name == DECODE else contract.prefill_chunk, WEIGHTS_FILE.removesuffix(".ptd"))
+            delegate(program, 1 if name == DECODE else contract.prefill_chunk, weights)
         edge = to_edge(
             dict(programs),
             constant_methods={
@@ -43,7 +47,7 @@ def lower(programs: Mapping[str, ExportedProgram], contract: Contract) -> Execut
                 # Without it a write to a cache copies the whole cache, twice.
                 run_reinplace_pass=True,
                 emit_mutable_buffer_names=True,
-                external_constants=lambda node: WEIGHTS_FILE.removesuffix(".ptd"),
+                external_constants=lambda node: _TAG,
             )
         )
 

@@ -11,7 +11,7 @@ Weights are named data under their parameters' own names in the program's `.ptd`
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,26 +21,26 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from gemma4cli.export import cpu_ops  # noqa: F401  (defines torch.ops.g4)
-from gemma4cli.export.xnnpack_graph import GraphWriter
+from gemma4cli.export.xnnpack_graph import GraphWriter, WeightData
 
 BACKEND_ID = "XnnpackBackend"
 
 _g4, _aten = torch.ops.g4, torch.ops.aten
 
 
-def delegate(program: ExportedProgram, max_tokens: int, weights_file: str) -> int:
+def delegate(program: ExportedProgram, max_tokens: int, weights: WeightData) -> int:
     """Replace, in place, every run of supported operators by one XNNPACK delegate.
 
     Args:
         program: one method as traced, before any decomposition: what is delegated need not be decomposed any more.
         max_tokens: upper bound of its dynamic dimension.
-        weights_file: name (without suffix) of the `.ptd` file that the weights go to.
+        weights: where the weights' bytes are made; both methods must be given the same.
     Returns: the number of delegates.
     """
     constants = _constants(program)
     groups = _group(program.graph, constants)
     for index, nodes in enumerate(groups):
-        _replace(program, nodes, constants, max_tokens, weights_file, index)
+        _replace(program, nodes, constants, max_tokens, weights, index)
     program.graph.lint()
     program.graph_module.recompile()
     return len(groups)
@@ -100,13 +100,13 @@ def _replace(
     nodes: list[fx.Node],
     constants: dict[fx.Node, tuple[str, Tensor]],
     max_tokens: int,
-    weights_file: str,
+    weights: WeightData,
     index: int,
 ) -> None:
     members = set(nodes)
     inputs = list(dict.fromkeys(i for n in nodes for i in _operands(n) if i not in members and i not in constants))
     outputs = [node for node in nodes if any(user not in members for user in node.users)]
-    writer = _Translator(constants, max_tokens, weights_file)
+    writer = _Translator(constants, max_tokens, weights)
     binary, named_data = writer.translate(inputs, nodes, outputs)
     module = LoweredBackendModule(_Shapes(inputs, outputs), BACKEND_ID, binary, [], named_data)
     name = f"lowered_module_{index}"
@@ -161,10 +161,10 @@ def _symbolic(size: int | torch.SymInt) -> bool:
 class _Translator:
     """Writes one group of nodes into one XNNPACK graph."""
 
-    def __init__(self, constants: dict[fx.Node, tuple[str, Tensor]], max_tokens: int, weights_file: str) -> None:
+    def __init__(self, constants: dict[fx.Node, tuple[str, Tensor]], max_tokens: int, weights: WeightData) -> None:
         self._constants = constants
         self._max_tokens = max_tokens
-        self._graph = GraphWriter(weights_file)
+        self._graph = GraphWriter(weights)
         self._values: dict[fx.Node, int] = {}
         self._group_sums: dict[tuple[int, int], int] = {}
 

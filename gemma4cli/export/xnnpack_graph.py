@@ -6,6 +6,7 @@ The schema and its serializer are ExecuTorch's (`backends/xnnpack/serialization`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
@@ -39,6 +40,7 @@ from executorch.backends.xnnpack.utils.xnnpack_constants import (
     XNN_VALUE_FLAG_EXTERNAL_INPUT,
     XNN_VALUE_FLAG_EXTERNAL_OUTPUT,
 )
+from executorch.exir._serialize._cord import FileBackedData
 from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDataStoreOutput
 from torch import Tensor
 
@@ -47,11 +49,34 @@ _ALIGNMENT = 16
 _NO_BUFFER = 0
 
 
+class WeightData:
+    """Bytes of named constants, made once for both methods; with `scratch` they wait there instead of in memory.
+
+    tag: the name, without suffix, of the `.ptd` file they go to.
+    """
+
+    def __init__(self, tag: str, scratch: Path | None = None) -> None:
+        self.tag = tag
+        self._scratch = scratch
+        self._made: dict[str, bytes | FileBackedData] = {}
+
+    def get(self, name: str, tensor: Tensor) -> bytes | FileBackedData:
+        if name not in self._made:
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            if self._scratch is None:
+                self._made[name] = data.tobytes()
+            else:
+                path = self._scratch / f"{len(self._made):06d}.bin"
+                data.tofile(path)
+                self._made[name] = FileBackedData(str(path), cleanup=True)
+        return self._made[name]
+
+
 class GraphWriter:
     """One graph in the making. Shapes have the upper bound of tokens where that is dynamic."""
 
-    def __init__(self, weights_file: str) -> None:
-        self._weights_file = weights_file
+    def __init__(self, weights: WeightData) -> None:
+        self._weights = weights
         self._values: list[XNNTensorValue | XNNQuantizedTensorValue] = []
         self._nodes: list[XNode] = []
         self._inputs: list[int] = []
@@ -211,9 +236,9 @@ class GraphWriter:
         return self._named[name]
 
     def _buffer(self, name: str, tensor: Tensor) -> int:
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        data = self._weights.get(name, tensor)
         self._data.append(ConstantDataOffset(offset=UINT64_MAX, size=len(data), named_key=name))
-        self._store.add_named_data(name, data, _ALIGNMENT, self._weights_file)
+        self._store.add_named_data(name, data, _ALIGNMENT, self._weights.tag)
         return len(self._data) - 1
 
     def _node(self, node: XNodeUnion) -> None:

@@ -1,0 +1,231 @@
+"""From a checkpoint to a bundle, whatever the backend.
+
+A backend says what a program will take (`plan`) and makes it (`build`); everything around it (checking the request and
+the disk, copying the model's own files, hashes, manifest, atomicity) happens here, once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from gemma4cli import __version__
+from gemma4cli.errors import G4Error
+from gemma4cli.export.bundle import (
+    MANIFEST_FILE,
+    BundleManifest,
+    KVRecord,
+    MemoryRecord,
+    ReencodedRecord,
+    find_assets,
+    write_manifest,
+)
+from gemma4cli.export.contract import MIN_PREFILL_TOKENS, Contract
+from gemma4cli.files import atomic_directory, require_absent, require_free_space
+from gemma4cli.model.config import Gemma4Config
+from gemma4cli.model.settings import GenerationDefaults
+from gemma4cli.progress import SILENT, Progress
+from gemma4cli.quant.checkpoint import Checkpoint, open_checkpoint
+from gemma4cli.quant.manifest import identify_source
+from gemma4cli.quant.quantize import available_memory
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_CHUNK = 256
+_MANIFEST_BYTES = 16 << 10
+
+_BACKENDS = {"cpu": "gemma4cli.export.cpu_backend"}
+"""Name -> module with `plan` and `build`; imported when chosen."""
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """One export. `context_length` None means the model's maximum, but no more than 4,096.
+
+    prefill_chunk: the most tokens of one `prefill` call; None means 256, or less in a shorter context.
+    low_memory: keep converted weights on disk while exporting, at the price of time.
+    """
+
+    checkpoint: Path
+    target: Path
+    backend: str = "cpu"
+    context_length: int | None = None
+    prefill_chunk: int | None = None
+    low_memory: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What a backend is asked for: the model, the contract to fulfil, and how."""
+
+    reader: Checkpoint
+    contract: Contract
+    low_memory: bool
+
+
+@dataclass(frozen=True)
+class BackendPlan:
+    """What building will take: files with their estimated bytes, and the peak memory of the exporting process."""
+
+    files: dict[str, int]
+    peak_memory_bytes: int
+    memory: MemoryRecord
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a backend made, besides the files it wrote."""
+
+    targets: tuple[str, ...]
+    kv: dict[str, KVRecord]
+    memory: MemoryRecord
+    reencoded: dict[str, ReencodedRecord] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """A module that lowers the model for one kind of hardware."""
+
+    def plan(self, request: ExportRequest) -> BackendPlan:
+        """Estimate without reading weights."""
+
+    def build(self, request: ExportRequest, folder: Path, progress: Progress) -> Built:
+        """Write `model.pte` and its `.ptd` files into `folder`."""
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """A whole bundle before it is written."""
+
+    files: dict[str, int]
+    free_disk_bytes: int
+    peak_memory_bytes: int
+    available_memory_bytes: int
+    contract: Contract
+    memory: MemoryRecord
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.files.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.free_disk_bytes and self.peak_memory_bytes <= self.available_memory_bytes
+
+
+def plan_export(spec: ExportSpec, progress: Progress = SILENT) -> ExportPlan:
+    """Check a request and say what it will take; reads headers and small files only.
+
+    Raises: G4Error when the backend, the context, the chunk or the checkpoint does not allow it.
+    """
+    backend, request = _prepare(spec, progress)
+    plan = backend.plan(request)
+    assets = {path.name: path.stat().st_size for path in find_assets(spec.checkpoint)}
+    existing = next(folder for folder in spec.target.absolute().parents if folder.exists())
+    return ExportPlan(
+        {**plan.files, **assets, MANIFEST_FILE: _MANIFEST_BYTES},
+        shutil.disk_usage(existing).free,
+        plan.peak_memory_bytes,
+        available_memory(),
+        request.contract,
+        plan.memory,
+    )
+
+
+def export_bundle(spec: ExportSpec, progress: Progress = SILENT) -> BundleManifest:
+    """Write a bundle; `spec.target` is whole afterwards, or as it was.
+
+    Raises: G4Error for anything wrong with the request, the checkpoint or the disk.
+    """
+    require_absent(spec.target, spec.force)
+    if spec.target.resolve() in (spec.checkpoint.resolve(), *spec.checkpoint.resolve().parents):
+        raise G4Error(f"{spec.target} would replace the model that is being exported.", hint="Choose another --output.")
+    backend, request = _prepare(spec, progress)
+    assets = find_assets(spec.checkpoint)
+    plan = plan_export(spec)
+    require_free_space(spec.target.absolute().parent, plan.total_bytes, f"Exporting {spec.checkpoint.name}")
+    model = _describe_model(request.reader, spec.checkpoint, progress)
+    with atomic_directory(spec.target, force=spec.force) as folder:
+        built = backend.build(request, folder, progress)
+        for asset in assets:
+            shutil.copyfile(asset, folder / asset.name)
+        return write_manifest(
+            folder,
+            lambda files: BundleManifest(
+                created_with=_created_with(),
+                model=model,
+                backend=spec.backend,
+                targets=built.targets,
+                contract=request.contract,
+                kv=built.kv,
+                memory=built.memory,
+                reencoded=built.reencoded,
+                files=files,
+            ),
+            progress,
+        )
+
+
+def _prepare(spec: ExportSpec, progress: Progress) -> tuple[Backend, ExportRequest]:
+    backend = _find_backend(spec.backend)
+    reader = open_checkpoint(spec.checkpoint, progress)
+    contract = make_contract(reader.config, GenerationDefaults.from_dir(spec.checkpoint), spec)
+    return backend, ExportRequest(reader, contract, spec.low_memory)
+
+
+def _find_backend(name: str) -> Backend:
+    if name not in _BACKENDS:
+        raise G4Error(
+            f"This g4 cannot export for the backend {name!r}.", hint=f"Available: {', '.join(_BACKENDS)}.", exit_code=2
+        )
+    return importlib.import_module(_BACKENDS[name])
+
+
+def make_contract(config: Gemma4Config, defaults: GenerationDefaults, spec: ExportSpec) -> Contract:
+    """Fill the contract's values, refusing sizes that the model does not have.
+
+    Raises: G4Error with the number and the limit.
+    """
+    limit = config.max_position_embeddings
+    context = min(limit, DEFAULT_CONTEXT) if spec.context_length is None else spec.context_length
+    if not MIN_PREFILL_TOKENS <= context <= limit:
+        raise G4Error(
+            f"A context of {context:,} tokens is outside {MIN_PREFILL_TOKENS} to {limit:,}, which this model can hold.",
+            hint=f"Use --ctx {limit} or less.",
+        )
+    chunk = min(DEFAULT_CHUNK, context) if spec.prefill_chunk is None else spec.prefill_chunk
+    if not MIN_PREFILL_TOKENS <= chunk <= context:
+        raise G4Error(
+            f"Prefill chunks of {chunk:,} tokens are outside {MIN_PREFILL_TOKENS} to the context of {context:,}.",
+            hint="Use another --chunk.",
+        )
+    window = max(config.layer(index).window for index in range(config.num_hidden_layers))
+    return Contract(
+        context_length=context,
+        prefill_chunk=chunk,
+        vocab_size=config.vocab_size,
+        window=window,
+        ring_slots=window + chunk - 1 if window else 0,
+        eos_ids=defaults.stop_ids,
+        bos_id=-1 if defaults.bos_id is None else defaults.bos_id,
+    )
+
+
+def _describe_model(reader: Checkpoint, checkpoint: Path, progress: Progress) -> dict[str, Any]:
+    """A quantized checkpoint's own provenance; a plain one is hashed now."""
+    if reader.manifest is not None:
+        head = reader.manifest.head
+        return {"source": asdict(head.source), "recipe": head.recipe, "totals": asdict(head.totals)}
+    files = [*sorted(checkpoint.glob("*.safetensors")), *find_assets(checkpoint)]
+    return {
+        "source": asdict(identify_source("safetensors", checkpoint, files, progress)),
+        "recipe": None,
+        "totals": None,
+    }
+
+
+def _created_with() -> dict[str, str]:
+    return {"g4": __version__, **{name: metadata.version(name) for name in ("torch", "executorch", "torchao")}}
