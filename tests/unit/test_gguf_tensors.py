@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,7 +53,9 @@ def source_of(blocks: np.ndarray, kind: GGML) -> GGUFTensor:
     """A tensor whose file is these bytes."""
     block_size, block_bytes = GGML_QUANT_SIZES[kind]
     shape = (blocks.shape[0], blocks.shape[1] // block_bytes * block_size)
-    file = SimpleNamespace(mapping=blocks.tobytes(), path=Path("m.gguf"))
+    mapping = mmap.mmap(-1, blocks.nbytes)
+    mapping[:] = blocks.tobytes()
+    file = SimpleNamespace(mapping=mapping, path=Path("m.gguf"))
     return GGUFTensor("t", shape, kind, 0, blocks.nbytes, file)
 
 

@@ -216,7 +216,6 @@ class _Producer:
         tensor = convert_tensor(source, self._pool)
         stored = stored_bytes(name, self._plan.checkpoint.layout[name])
         error = measured_error(source, tensor)
-        source.drop_pages()
         return tensor, _record(source, stored, error)
 
 

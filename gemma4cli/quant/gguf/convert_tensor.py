@@ -24,8 +24,9 @@ from gemma4cli.quant.recipe import QuantSpec
 from gemma4cli.quant.tensors import MatrixBuilder, dequantize
 from gemma4cli.quant.torchao_types import Int4Tensor, IntxUnpackedToInt8Tensor
 
-# Small enough that a slab and its temporaries stay in the second-level cache.
-_SLAB_BYTES = 96 << 10
+# A slab and its temporaries stay in the second-level cache; a share is what a thread takes at a time.
+_SLAB_BYTES = 256 << 10
+_SHARE_BYTES = 8 << 20
 _SAMPLE_WEIGHTS = 1 << 14
 _FLOAT_DTYPES = {GGML.F32: torch.float32, GGML.F16: torch.float16, GGML.BF16: torch.bfloat16}
 # What a type without a form of its own becomes.
@@ -76,15 +77,24 @@ def reference_rows(source: GGUFTensor, start: int, stop: int) -> np.ndarray:
     return rows.astype(np.float32, copy=False).reshape(stop - start, -1)
 
 
-def slabs(source: GGUFTensor) -> Iterator[tuple[int, int]]:
-    """Cut a tensor's rows into pieces of about `_SLAB_BYTES`."""
-    step = max(1, _SLAB_BYTES * source.rows // source.nbytes)
-    for start in range(0, source.rows, step):
-        yield start, min(start + step, source.rows)
+def _pieces(start: int, stop: int, row_bytes: int, piece_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into pieces of about so many bytes."""
+    step = max(1, piece_bytes // row_bytes)
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
 
 
 def _each_slab(source: GGUFTensor, work: Callable[[int, int], None], pool: ThreadPoolExecutor) -> None:
-    for future in [pool.submit(work, start, stop) for start, stop in slabs(source)]:
+    """Call `work(start, stop)` for slabs of rows, on the pool's threads; rows that are done with leave our memory."""
+    row_bytes = source.nbytes // source.rows
+
+    def share(start: int, stop: int) -> None:
+        for first, last in _pieces(start, stop, row_bytes, _SLAB_BYTES):
+            work(first, last)
+        source.drop_pages(start, stop)
+
+    shares = _pieces(0, source.rows, row_bytes, _SHARE_BYTES)
+    for future in [pool.submit(share, start, stop) for start, stop in shares]:
         future.result()
 
 

@@ -68,10 +68,11 @@ class GGUFTensor:
         raw = np.frombuffer(self.file.mapping, np.uint8, count, self.offset + start * row_bytes)
         return raw.reshape(stop - start, row_bytes)
 
-    def drop_pages(self) -> None:
-        """Tell the kernel that this tensor's pages are no longer needed, so that they do not count as our memory."""
-        start = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        self.file.mapping.madvise(mmap.MADV_DONTNEED, start, self.offset + self.nbytes - start)
+    def drop_pages(self, start: int, stop: int) -> None:
+        """Tell the kernel that these rows are no longer needed, so that their pages do not count as our memory."""
+        row_bytes = self.nbytes // self.rows
+        first = (self.offset + start * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        self.file.mapping.madvise(mmap.MADV_DONTNEED, first, self.offset + stop * row_bytes - first)
 
 
 class GGUFFile:
