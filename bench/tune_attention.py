@@ -1,9 +1,11 @@
-"""Check and time the attention kernels on the GPU at hand: full layers of the 31B at many depths, sliding layers, prefill.
+"""Check and time the attention kernels on the GPU at hand: full layers of the 31B at many depths, sliding layers,
+prefill.
 
     python bench/tune_attention.py --out results.json [--seconds 200]
 
-Every configuration is checked against the float32 reference first. Decode is timed in a cache allocated for 131,072 tokens
-whatever the depth: the time must follow the depth, not the allocation. Medians of CUDA-graph replays over several caches.
+Every configuration is checked against the float32 reference first. Decode is timed in a cache allocated for 131,072
+tokens whatever the depth: the time must follow the depth, not the allocation. Medians of CUDA-graph replays over
+several caches.
 """
 
 from __future__ import annotations
@@ -27,7 +29,16 @@ SLIDING = {"heads": 32, "kv_heads": 16, "head_dim": 256, "rotated": 256, "window
 DECODE_CONFIGS = [  # (splits, block_s, warps, stages)
     (splits, block_s, warps, stages)
     for splits in (16, 32, 64, 128)
-    for block_s, warps, stages in ((16, 4, 1), (16, 4, 2), (32, 4, 1), (32, 4, 2), (32, 8, 2), (64, 8, 1), (64, 4, 1), (16, 2, 2))
+    for block_s, warps, stages in (
+        (16, 4, 1),
+        (16, 4, 2),
+        (32, 4, 1),
+        (32, 4, 2),
+        (32, 8, 2),
+        (64, 8, 1),
+        (64, 4, 1),
+        (16, 2, 2),
+    )
 ]
 PREFILL_CONFIGS = [  # (rows, block_s, warps, stages)
     (32, 32, 4, 1), (32, 32, 8, 1), (64, 16, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 8, 2),

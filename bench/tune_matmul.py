@@ -2,8 +2,9 @@
 
     python bench/tune_matmul.py --out results.json [--kernel matvec|matmul|both] [--seconds 200]
 
-Every configuration is checked against the float32 reference on fresh random data before it is timed; a wrong one is never
-reported. Times are medians of CUDA-graph replays over rotating copies of the weight, so that none stays in the L2.
+Every configuration is checked against the float32 reference on fresh random data before it is timed; a wrong one is
+never reported. Times are medians of CUDA-graph replays over rotating copies of the weight, so that none stays in the
+L2.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large device copy (launched, not captured: a graph copies by DMA engine)."""
+    """Bytes read and written per second by a large device copy (launched, not captured: a graph copies by DMA engine).
+    """
     a = torch.empty(2**30, dtype=torch.int32, device="cuda")
     b = torch.empty_like(a)
     samples = []
@@ -219,8 +221,8 @@ def main() -> None:
     deadline = time.time() + arguments.seconds
     torch.manual_seed(0)
     state = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv,noheader"],
-        capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+        ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw",
+        "--format=csv,noheader"], capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
     copy = copy_bandwidth()
     document: dict = {
         "torch": torch.__version__,

@@ -50,8 +50,8 @@ def compile_kernel(
     """Compile `kernel` for `target`.
 
     Args:
-        arguments: every parameter by name: a Triton type ("*bf16", "*i8", "i32") for a run-time argument, any other value
-            for a constexpr one. Pointers are taken as 16-byte aligned, as PyTorch allocates them.
+        arguments: every parameter by name: a Triton type ("*bf16", "*i8", "i32") for a run-time argument, any other
+            value for a constexpr one. Pointers are taken as 16-byte aligned, as PyTorch allocates them.
     """
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """The GPUs a kernel can be compiled for, and the limits code needs to know about each: one table, once.
 
-Sources: CUDA C++ Programming Guide, "Technical specifications per compute capability" (shared memory, threads, registers);
+Sources: CUDA C++ Programming Guide, "Technical specifications per compute capability" (shared memory, threads,
+    registers);
 vendor data sheets (memory, bandwidth). The SM count and bandwidth are those of the card named, the usual one of its
 architecture; the compiled code depends on the architecture only.
 """

@@ -68,7 +68,8 @@ def test_the_op_exports_and_runs_on_the_cpu(rows: int) -> None:
 
 POINTERS = {"codes_ptr": "*i32", "high_ptr": "*i32", "sub_ptr": "*i8", "step_ptr": "*fp16", "xq_ptr": "*i32",
             "scale_ptr": "*fp32", "total_ptr": "*fp32", "y_ptr": "*bf16", "N": "i32"}  # fmt: skip
-BYTES = {"codes_ptr": "*u8", "high_ptr": "*u8", "sub_ptr": "*i8", "step_ptr": "*fp16", "x_ptr": "*bf16", "y_ptr": "*bf16",
+BYTES = {"codes_ptr": "*u8", "high_ptr": "*u8", "sub_ptr": "*i8", "step_ptr": "*fp16", "x_ptr": "*bf16", "y_ptr":
+"*bf16",
          "M": "i32", "N": "i32"}  # fmt: skip
 
 

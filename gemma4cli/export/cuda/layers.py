@@ -1,7 +1,7 @@
 """Gemma 4's parts as the CUDA backend computes them: packed weights, fused projections, caches in four formats.
 
-Every module here holds buffers only, of shapes that follow from the signature (config, weight formats, context, KV format):
-the program can be compiled before a single weight is read, and ``put_*`` fills the buffers afterwards.
+Every module here holds buffers only, of shapes that follow from the signature (config, weight formats, context, KV
+format): the program can be compiled before a single weight is read, and ``put_*`` fills the buffers afterwards.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ class Signature:
     """What a CUDA program is compiled for, apart from the GPU.
 
     Attributes:
-        formats: the packed format of every matrix by its canonical name; `lm_head.weight` only when it is not the embedding.
+        formats: the packed format of every matrix by its canonical name; `lm_head.weight` only when it is not the
+            embedding.
         kv_format: one of layers.KV_FORMATS.
     """
 
@@ -155,7 +156,7 @@ class CudaModel(nn.Module):
             return
         first = int(part)
         for row in range(0, tensor.shape[0], _SLAB_ROWS):
-            place.put(pack_weight(tensor[row : row + _SLAB_ROWS], name), first + row)
+            place.put(pack_weight(tensor[row : row + _SLAB_ROWS], name, place.format.has_min), first + row)
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         """Return the module and attribute of a plain tensor, or the matrix and first row of a projection."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from gemma4cli.kernels.attention import decode, prefill, reference
-from gemma4cli.kernels.attention.cache import AttentionCache
+from gemma4cli.kernels.attention.cache import AttentionCache, cache_kind
 from gemma4cli.kernels.attention.configs import COMBINE_BLOCK_D, decode_config, prefill_config
 from gemma4cli.kernels.targets import current_target
 
@@ -56,7 +56,7 @@ def decode_attention(
     heads, _, head_dim = q.shape
     kv_heads, slots = v.shape[0], v.shape[1]
     group = heads // kv_heads
-    config = decode_config(current_target(), head_dim)
+    config = decode_config(current_target(), head_dim, cache_kind(folded, table is not None))
     partial = torch.empty((heads, config.splits, head_dim), dtype=torch.float32, device=q.device)
     top = torch.empty((heads, config.splits), dtype=torch.float32, device=q.device)
     total = torch.empty_like(top)
@@ -91,7 +91,7 @@ def prefill_attention(
     heads, tokens, head_dim = q.shape
     kv_heads, slots = v.shape[0], v.shape[1]
     group = heads // kv_heads
-    config = prefill_config(current_target(), head_dim)
+    config = prefill_config(current_target(), head_dim, cache_kind(folded, table is not None))
     out = torch.empty_like(q)
     wrap_triton(prefill.attend)[(triton.cdiv(tokens, config.rows // group), kv_heads)](
         q, q if r is None else r, k, k if k_scale is None else k_scale, v, v if v_scale is None else v_scale,

@@ -25,3 +25,15 @@ class AttentionCache:
     v_scale: Tensor | None = None
     table: Tensor | None = None
     folded: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Which of the four: "plain", "folded", "tq4" or "folded-tq4"."""
+        return cache_kind(self.folded, self.table is not None)
+
+
+def cache_kind(folded: bool, tq4: bool) -> str:
+    """Name one of the four kinds of cache."""
+    return {(False, False): "plain", (True, False): "folded", (False, True): "tq4", (True, True): "folded-tq4"}[
+        folded, tq4
+    ]

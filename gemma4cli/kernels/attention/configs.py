@@ -1,6 +1,8 @@
-"""Launch configurations of the attention kernels, per target and head size.
+"""Launch configurations of the attention kernels, per target, head size and kind of cache.
 
-Chosen by shared memory (tests compile every entry for its target), not yet tuned on a GPU.
+sm_90 for heads of 512 is recorded from bench/tune_attention.py on an H200 (bench/results/attention-h200.json), the fastest
+of those that do not spill registers. Everything else is not measured: chosen to fit the target's shared memory without
+spills (tests/kernels/test_attention.py compiles every entry and holds it to that).
 """
 
 from __future__ import annotations
@@ -32,17 +34,61 @@ class PrefillConfig:
 
 COMBINE_BLOCK_D = 64
 
+# Heads above 256 (full layers) by kind of cache, and heads up to 256 (rings, always plain).
+_DECODE: dict[str, dict[str, DecodeConfig]] = {
+    "sm_80": {
+        "plain": DecodeConfig(64, 32, 4, 2),
+        "folded": DecodeConfig(64, 32, 4, 2),
+        "tq4": DecodeConfig(64, 16, 4, 1),
+        "folded-tq4": DecodeConfig(64, 16, 4, 1),
+    },
+    "sm_90": {
+        "plain": DecodeConfig(64, 32, 8, 2),
+        "folded": DecodeConfig(64, 32, 4, 2),
+        "tq4": DecodeConfig(64, 64, 8, 1),
+        "folded-tq4": DecodeConfig(64, 32, 4, 1),
+    },
+    "sm_120": {
+        "plain": DecodeConfig(64, 32, 4, 1),
+        "folded": DecodeConfig(64, 32, 4, 1),
+        "tq4": DecodeConfig(64, 32, 4, 1),
+        "folded-tq4": DecodeConfig(64, 32, 4, 1),
+    },
+}
+_DECODE_RING = DecodeConfig(16, 32, 4, 2)
 
-def decode_config(target: Target, head_dim: int) -> DecodeConfig:
-    """Return the configuration for heads of `head_dim`: full layers split far, rings of about 2,000 slots less."""
-    if head_dim > 256:
-        return DecodeConfig(splits=64, block_s=32, num_warps=4, num_stages=2 if target.shared_bytes_per_block > 150_000 else 1)
-    return DecodeConfig(splits=16, block_s=32, num_warps=4, num_stages=2)
+_PREFILL: dict[str, dict[str, PrefillConfig]] = {
+    "sm_80": {
+        "plain": PrefillConfig(64, 32, 8, 2),
+        "folded": PrefillConfig(64, 32, 8, 2),
+        "tq4": PrefillConfig(32, 32, 8, 1),
+        "folded-tq4": PrefillConfig(32, 32, 8, 1),
+    },
+    "sm_90": {
+        "plain": PrefillConfig(64, 32, 8, 2),
+        "folded": PrefillConfig(32, 32, 8, 1),
+        "tq4": PrefillConfig(32, 32, 8, 1),
+        "folded-tq4": PrefillConfig(32, 32, 8, 1),
+    },
+    "sm_120": {
+        "plain": PrefillConfig(32, 16, 8, 1),
+        "folded": PrefillConfig(32, 16, 8, 1),
+        "tq4": PrefillConfig(32, 16, 4, 1),
+        "folded-tq4": PrefillConfig(16, 16, 4, 1),
+    },
+}
+_PREFILL_RING = {
+    "sm_80": PrefillConfig(64, 32, 8, 2),
+    "sm_90": PrefillConfig(128, 32, 8, 2),
+    "sm_120": PrefillConfig(64, 32, 8, 1),
+}
 
 
-def prefill_config(target: Target, head_dim: int) -> PrefillConfig:
-    """Return the configuration for heads of `head_dim`."""
-    roomy = target.shared_bytes_per_block > 150_000
-    if head_dim > 256:
-        return PrefillConfig(64, 32, 8, 2) if roomy else PrefillConfig(32, 16, 8, 1)
-    return PrefillConfig(128, 32, 8, 2) if roomy else PrefillConfig(64, 32, 8, 1)
+def decode_config(target: Target, head_dim: int, kind: str) -> DecodeConfig:
+    """Return the configuration for heads of `head_dim` and a cache of `kind` (``cache.AttentionCache.kind``)."""
+    return _DECODE[target.name][kind] if head_dim > 256 else _DECODE_RING
+
+
+def prefill_config(target: Target, head_dim: int, kind: str) -> PrefillConfig:
+    """Return the configuration for heads of `head_dim` and a cache of `kind`."""
+    return _PREFILL[target.name][kind] if head_dim > 256 else _PREFILL_RING[target.name]

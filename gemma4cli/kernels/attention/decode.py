@@ -6,8 +6,8 @@ A cache is one of four kinds, all read by the same kernel:
     folded   scores = q_v . V + q_r . K_r         values V      (layers whose K and V share a projection: reference.py)
     tq4      each vector as 4-bit codes of a rotated unit vector times a scale (turboquant.py); the query comes rotated
 
-Vectors are read as two halves, dims 0 .. D/2 - 1 and D/2 .. D - 1: the two nibbles of a 4-bit code's byte. Positions, not
-slots, are walked, from the first the window shows to the last written, so cost follows the context and never the
+Vectors are read as two halves, dims 0 .. D/2 - 1 and D/2 .. D - 1: the two nibbles of a 4-bit code's byte. Positions,
+not slots, are walked, from the first the window shows to the last written, so cost follows the context and never the
 allocation, and a slot that was never written is never read. The position is read on the device: a captured graph stays
 right as it grows.
 """
@@ -76,8 +76,8 @@ def split(
     """Attention of one KV head's query group over one share of the positions.
 
     q [H, D]; plain: k [H_kv, S, D]; folded: k is K_r [H_kv, S, R] and r the query's part for it [H, R]; v [H_kv, S, D]
-    (4-bit: half as many bytes, scales [H_kv, S]). Writes partial [H, SPLITS, D] (not normalized), top [H, SPLITS] (largest
-    score, -inf for an empty share) and total [H, SPLITS] (sum of exponentials).
+    (4-bit: half as many bytes, scales [H_kv, S]). Writes partial [H, SPLITS, D] (not normalized), top [H, SPLITS]
+    (largest score, -inf for an empty share) and total [H, SPLITS] (sum of exponentials).
     """
     head = tl.program_id(0)
     share = tl.program_id(1)

@@ -1,7 +1,8 @@
-"""A chunk of query tokens against the cache they were just written to: causal, one pass, blocks above the diagonal skipped.
+"""A chunk of query tokens against the cache they were just written to: causal, one pass, blocks above the diagonal
+skipped.
 
-Reads the same caches as ``decode.split`` (see there). The query heads that share a KV head are rows of one tile, so each
-key is loaded once for all of them.
+Reads the same caches as ``decode.split`` (see there). The query heads that share a KV head are rows of one tile, so
+each key is loaded once for all of them.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ def attend(
         top = higher
     column = tl.arange(0, HALF)
     mask = row_in[:, None] & (column < D // 2)[None, :]
-    address = out_ptr + (head.to(tl.int64) * T + token)[:, None] * D + column[None, :]
+    # One 64-bit base and 32-bit offsets inside the KV head: a tile of 64-bit addresses would not fit the registers.
+    offset = (row % GROUP * T + token)[:, None] * D + column[None, :]
+    address = out_ptr + kv_head.to(tl.int64) * GROUP * T * D + offset
     inverse = 1.0 / total
     tl.store(address, (acc0 * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(address + D // 2, (acc1 * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,8 +1,8 @@
 """What the attention kernels compute, written from the formulas in plain PyTorch, and the folding of K = V caches.
 
-Folding. On layers whose keys and values come from one projection, V = x / rms(x) and K = RoPE(w * x / rms(x)), with w the
-key norm's weight. Proportional RoPE turns only the first R / 2 dims of each half, so everywhere else K = w * V and need
-not be stored:
+Folding. On layers whose keys and values come from one projection, V = x / rms(x) and K = RoPE(w * x / rms(x)), with w
+the key norm's weight. Proportional RoPE turns only the first R / 2 dims of each half, so everywhere else K = w * V and
+need not be stored:
 
     q . K = (w * q)[unrotated] . V[unrotated] + q[rotated] . K[rotated]
 

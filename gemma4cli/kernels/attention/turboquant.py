@@ -1,8 +1,8 @@
 """TurboQuant (arXiv 2504.19874) for cached vectors: rotate, normalize, round each coordinate to 16 Lloyd-Max levels.
 
-A random rotation makes the coordinates of any unit vector of size D nearly Gaussian with variance 1 / D, so one codebook
-fits all: the 16 levels that are optimal (Lloyd-Max) for the standard normal, divided by sqrt(D). A rotation preserves dot
-products, so attention never undoes it per key: the query is rotated once, and the mixed value once back.
+A random rotation makes the coordinates of any unit vector of size D nearly Gaussian with variance 1 / D, so one
+codebook fits all: the 16 levels that are optimal (Lloyd-Max) for the standard normal, divided by sqrt(D). A rotation
+preserves dot products, so attention never undoes it per key: the query is rotated once, and the mixed value once back.
 
 Departure from the paper, for less error at the same size: the stored scale is not the vector's norm but the factor that
 makes scale * codebook[codes] closest to the vector, <y, c> / <c, c>.
@@ -53,8 +53,8 @@ def encode(x: Tensor, rotation: Tensor, codebook: Tensor) -> tuple[Tensor, Tenso
     Args:
         rotation: [D, D] float32; y = rotation x.
         codebook: [16] float32 ascending levels of a standard normal.
-    Returns: codes uint8 [..., D / 2], dims 0 .. D/2 - 1 in the low nibbles; scale float16 [...] that already contains the
-        1 / sqrt(D), so that y = scale * codebook[code].
+    Returns: codes uint8 [..., D / 2], dims 0 .. D/2 - 1 in the low nibbles; scale float16 [...] that already contains
+        the 1 / sqrt(D), so that y = scale * codebook[code].
     """
     size = x.shape[-1]
     y = x.to(torch.float32) @ rotation.T

@@ -1,8 +1,8 @@
 """Activations times a low-bit weight: `g4::quantized_matmul`, for every M from a decoded token to a prefill chunk.
 
 One op whatever the bits: the format travels as three integers, so a graph says what it multiplies with. On a GPU, M = 1
-takes the int8-activation matrix-vector kernel (``decode``), anything else the tensor-core kernel (``prefill``); on a CPU
-both take the reference, so that exported graphs run without a GPU.
+takes the int8-activation matrix-vector kernel (``decode``), anything else the tensor-core kernel (``prefill``); on a
+CPU both take the reference, so that exported graphs run without a GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Low-bit weight times a few int8 activation rows: the memory-bound product of decoding.
 
-One program owns BLOCK_N rows of the weight and walks K in steps of BLOCK_B 64-wide blocks. Codes are read as 32-bit words
-and multiplied with `dp4a` (four int8 products a lane); each group's integer sum meets its scales once.
+One program owns BLOCK_N rows of the weight and walks K in steps of BLOCK_B 64-wide blocks. Codes are read as 32-bit
+words and multiplied with `dp4a` (four int8 products a lane); each group's integer sum meets its scales once.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def matvec(
 ):
     """y [M, N] = x [M, K] times a 4- or 6-bit weight [N, K] transposed; x as xq, scale, total of ``quantize_rows``.
 
-    xq is read as int32 [M, K / 4], sub as int8, step as float16; see format.py for the layout. Rows of x are one axis of
-    the grid: with more than one, the weight comes from the L2 after the first.
+    xq is read as int32 [M, K / 4], sub as int8, step as float16; see format.py for the layout. Rows of x are one axis
+    of the grid: with more than one, the weight comes from the L2 after the first.
     """
     m = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -13,9 +13,9 @@ One family for every input, so that min-max, HQQ and GGUF codes arrive on the GP
 | 6    | 0..63     | 0    | 32    | yes             | 6.625             | Q5_K, Q5_1 (Q5_0 through its minimum)    |
 | 8    | -128..127 | 0    | 32    | no              | 8.3125            | Q8_0, int8 per row (one scale repeated)  |
 
-Layout, chosen for the reader: a warp reads whole 32-bit words of one row, and a 64-wide block of K is 8 code words whose
-low nibbles are its first 32 weights and whose high nibbles are its last 32 (the order of GGUF's Q4_K, so packing such a file
-copies bytes). The scale codes of a row lie apart from its codes, in the same order.
+Layout, chosen for the reader: a warp reads whole 32-bit words of one row, and a 64-wide block of K is 8 code words
+whose low nibbles are its first 32 weights and whose high nibbles are its last 32 (the order of GGUF's Q4_K, so packing
+such a file copies bytes). The scale codes of a row lie apart from its codes, in the same order.
 
     codes  int32 [N, K / 8]   word j of block b: byte i, low nibble  = code[64 b + 4 j + i]
                                               high nibble = code[64 b + 32 + 4 j + i]

@@ -13,7 +13,8 @@ import triton.language as tl
 @triton.jit
 def _half_tile(
     codes_ptr, high_ptr, sub_ptr, step_ptr, row, row_in, block,
-    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MIN: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MIN: tl.constexpr, HALF: tl.constexpr, BLOCK_N:
+        tl.constexpr,
 ):  # fmt: skip
     """Dequantize columns 64 * block + 32 * HALF .. + 31 of the rows: [BLOCK_N, 32] float32."""
     byte = tl.arange(0, 32)
@@ -66,7 +67,8 @@ def matmul(
 ):
     """y [M, N] = x [M, K] times the weight [N, K] transposed; codes and high are read as bytes (see format.py).
 
-    DOT is the type of the product's operands: bfloat16, or float32 under Triton's interpreter, whose bf16 product is wrong.
+    DOT is the type of the product's operands: bfloat16, or float32 under Triton's interpreter, whose bf16 product is
+    wrong.
     """
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)

@@ -13,7 +13,9 @@ from gemma4cli.kernels.attention.cache import AttentionCache
 KINDS = ["plain", "folded", "tq4", "folded-tq4"]
 
 
-def make_cache(kind: str, kv_heads: int, slots: int, head_dim: int, rotated: int, written: int, seed: int) -> AttentionCache:
+def make_cache(
+    kind: str, kv_heads: int, slots: int, head_dim: int, rotated: int, written: int, seed: int
+) -> AttentionCache:
     """A cache whose first `written` slots hold vectors and whose others hold garbage of large magnitude."""
     generator = torch.Generator().manual_seed(seed)
     width = rotated if kind.startswith("folded") else head_dim
@@ -49,7 +51,17 @@ def error(y: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("position", "slots", "window"),
-    [(0, 64, 0), (14, 64, 0), (15, 64, 0), (16, 64, 0), (64, 100, 0), (5, 23, 8), (22, 23, 8), (23, 23, 8), (70, 23, 8)],
+    [
+        (0, 64, 0),
+        (14, 64, 0),
+        (15, 64, 0),
+        (16, 64, 0),
+        (64, 100, 0),
+        (5, 23, 8),
+        (22, 23, 8),
+        (23, 23, 8),
+        (70, 23, 8),
+    ],
 )
 def test_decode(kind: str, position: int, slots: int, window: int) -> None:
     head_dim, rotated, kv_heads, group, splits = 64, 32, 2, 3, 4
@@ -71,7 +83,8 @@ def test_decode(kind: str, position: int, slots: int, window: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("first", "tokens", "slots", "window"), [(0, 1, 40, 0), (0, 17, 40, 0), (19, 13, 40, 0), (0, 9, 16, 8), (37, 9, 16, 8)]
+    ("first", "tokens", "slots", "window"),
+    [(0, 1, 40, 0), (0, 17, 40, 0), (19, 13, 40, 0), (0, 9, 16, 8), (37, 9, 16, 8)],
 )
 def test_prefill(kind: str, first: int, tokens: int, slots: int, window: int) -> None:
     head_dim, rotated, kv_heads, group = 64, 32, 2, 2

@@ -38,7 +38,8 @@ def test_matvec_equals_the_reference(bits: int, group_size: int, has_min: bool, 
     else:
         high = weight.codes if weight.high is None else weight.high
         decode.matvec[grid](
-            weight.codes, high, weight.sub, weight.step, words, scale, total, y, n, k, bits, group_size, has_min, 4, 4, False
+            weight.codes, high, weight.sub, weight.step, words, scale, total, y, n, k, bits, group_size, has_min, 4, 4,
+            False
         )  # fmt: skip
     assert relative_error(y, reference.matmul_int8(x, weight)) < 2e-6  # float32 sums in another order
 

@@ -1,0 +1,106 @@
+"""Quantized matrices of a checkpoint in the layout that the GPU kernels read. Codes never change on the way.
+
+What a matrix was made by (min-max, HQQ, a GGUF type) no longer matters afterwards. Scales that already have two levels
+(GGUF's K-quants) are taken as they are; any other scale is re-encoded on a step per 256 weights, an error of at most
+1/254 of the largest scale among them (kernels/quantized_matmul/format.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma4cli.errors import G4Error
+from gemma4cli.kernels.quantized_matmul.format import STEP_WIDTH, PackedWeight, WeightFormat, assemble, pack
+from gemma4cli.quant.gguf.tensors import GGUFInt4Tensor, GGUFIntxTensor
+from gemma4cli.quant.tensors import unpack_nibbles
+from gemma4cli.quant.torchao_types import Int4Tensor, IntxUnpackedToInt8Tensor
+
+_GROUP = 32  # the kernels' group; wider groups repeat their scale
+
+
+def pack_weight(tensor: Tensor, name: str, has_min: bool | None = None) -> PackedWeight:
+    """Pack a quantized matrix [N, K], or some rows of one.
+
+    Args: has_min: the whole matrix's, from ``packed_format``, when these are only rows of it.
+    Raises: G4Error naming the tensor when the kernels have no form for it.
+    """
+    if has_min is None:
+        has_min = _has_min(tensor)
+    if isinstance(tensor, GGUFInt4Tensor):
+        return _pack_two_levels(tensor, tensor.codes(), 4)
+    if isinstance(tensor, GGUFIntxTensor):
+        return _pack_gguf_intx(tensor)
+    if isinstance(tensor, Int4Tensor):
+        scale, zero_point = (_per_group(p.t(), tensor.shape[1], name) for p in (tensor.scale, tensor.zero_point))
+        return _pack_affine(unpack_nibbles(tensor.qdata), scale, zero_point, 4, has_min)
+    if isinstance(tensor, IntxUnpackedToInt8Tensor):
+        return _pack_intx(tensor, name, has_min)
+    raise G4Error(
+        f"{name} is not quantized, and the GPU kernels multiply quantized weights only.",
+        hint="Quantize the checkpoint with a recipe that covers every linear layer, e.g. g4 quantize --recipe default.",
+    )
+
+
+def packed_format(tensor: Tensor, name: str) -> WeightFormat:
+    """Return the format ``pack_weight`` gives; of a matrix's codes one row is read."""
+    return pack_weight(tensor[:1], name, _has_min(tensor)).format
+
+
+def _has_min(tensor: Tensor) -> bool:
+    """Tell whether any zero point is not the middle of the codes. GGUF's tensors know by themselves: see their
+    packing.
+    """
+    if isinstance(tensor, GGUFInt4Tensor | GGUFIntxTensor):
+        return tensor.has_min
+    if isinstance(tensor, Int4Tensor):
+        return bool((tensor.zero_point != 8).any())
+    return isinstance(tensor, IntxUnpackedToInt8Tensor) and bool(tensor.zero_point.any())
+
+
+def _pack_two_levels(tensor: GGUFInt4Tensor | GGUFIntxTensor, code: Tensor, bits: int) -> PackedWeight:
+    """Pack unsigned (or, for 8 bits, signed) codes whose scales may already be (sub, step) pairs."""
+    columns = tensor.shape[1]
+    if tensor.sub is not None and columns // tensor.step.shape[1] == STEP_WIDTH:
+        return assemble(code, tensor.sub, tensor.step, bits, columns // tensor.sub.shape[1])
+    scale, minimum = tensor.group_scales()
+    return pack(code, scale, minimum, bits, columns // scale.shape[1])
+
+
+def _pack_gguf_intx(tensor: GGUFIntxTensor) -> PackedWeight:
+    signed = tensor.qdata.to(torch.int16)
+    if tensor.bits == 8:
+        return _pack_two_levels(tensor, signed, 8)
+    # Codes of 3, 5 and 6 bits share the 6-bit planes: as they are above a minimum, else around the middle of 6 bits.
+    return _pack_two_levels(tensor, signed + (1 << (tensor.bits - 1) if tensor.has_min else 32), 6)
+
+
+def _pack_intx(tensor: IntxUnpackedToInt8Tensor, name: str, has_min: bool) -> PackedWeight:
+    bits = int(str(tensor.target_dtype).removeprefix("torch.int"))
+    scale, zero_point = (_per_group(p, tensor.shape[1], name) for p in (tensor.scale, tensor.zero_point))
+    code = tensor.qdata.to(torch.int16)
+    if bits == 8:
+        if has_min:
+            raise G4Error(
+                f"{name} has 8-bit codes with a zero point, which the GPU kernels do not have.",
+                hint="Use a symmetric 8-bit rule in the recipe.",
+            )
+        return pack(code, scale, None, 8, _GROUP)
+    target, centre = (4, 8) if bits <= 4 else (6, 32)
+    return _pack_affine(code + centre, scale, zero_point + centre, target, has_min)
+
+
+def _pack_affine(code: Tensor, scale: Tensor, zero_point: Tensor, bits: int, has_min: bool) -> PackedWeight:
+    """Pack value = scale * (code - zero_point); without `has_min` every zero point is the middle of the codes."""
+    return pack(code, scale, scale * zero_point if has_min else None, bits, _GROUP)
+
+
+def _per_group(parameter: Tensor, columns: int, name: str) -> Tensor:
+    """Spread per-group parameters [N, G] over groups of 32: float32 [N, K / 32]."""
+    width, rest = divmod(columns, parameter.shape[1])
+    if rest or width % _GROUP:
+        raise G4Error(
+            f"{name} is quantized in groups of {width}, and the GPU kernels need a multiple of {_GROUP}.",
+            hint=f"Use group_size = {_GROUP} in the recipe.",
+        )
+    return parameter.float().repeat_interleave(width // _GROUP, dim=1)

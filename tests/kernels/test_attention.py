@@ -1,0 +1,116 @@
+"""The attention ops and TurboQuant on the CPU, and every kernel configuration on every target."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton.language as tl
+
+from gemma4cli.kernels.attention import attend, configs, decode, prefill, reference, turboquant
+from gemma4cli.kernels.attention.cache import AttentionCache
+from gemma4cli.kernels.compile import compile_kernel
+from gemma4cli.kernels.targets import TARGETS, compiling_for, get_target
+
+KINDS = ["plain", "folded", "tq4", "folded-tq4"]
+
+
+def test_codebook_is_lloyd_max() -> None:
+    """The known optimum for 16 levels of a standard normal has distortion 0.009497 (Max 1960, table I)."""
+    levels = turboquant.normal_codebook()
+    assert torch.allclose(levels, -levels.flip(0), atol=1e-9)
+    x = torch.randn(2_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nearest = levels[torch.bucketize(x, turboquant.boundaries(levels))]
+    assert ((x - nearest) ** 2).mean().item() == pytest.approx(0.009497, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [64, 128, 512])
+def test_encode_keeps_vectors_to_four_bits(size: int) -> None:
+    rotation = turboquant.random_rotation(size, seed=1)
+    assert torch.allclose(rotation @ rotation.T, torch.eye(size), atol=1e-5)
+    table = turboquant.normal_codebook().float()
+    x = torch.randn(500, size, generator=torch.Generator().manual_seed(2)) * 7
+    x[0] = 0
+    x[1] = torch.nn.functional.one_hot(torch.tensor(3), size) * 50.0  # one outlier: what the rotation is for
+    codes, scale = turboquant.encode(x, rotation, table)
+    assert codes.shape == (500, size // 2)
+    back = turboquant.decode(codes, scale, table) @ rotation
+    assert not back[0].any()
+    error = ((back - x).square().sum(-1) / x.square().sum(-1).clamp_min(1e-9))[1:]
+    assert error.mean() < 0.0105  # 0.0095 and the rounding of the scale
+    assert error.max() < 0.05
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_folded_equals_plain(tokens: int) -> None:
+    """K from V: the folded cache gives what the plain one gives, to float32 rounding."""
+    heads, kv_heads, head_dim, rotated, length = 4, 2, 64, 16, 21
+    generator = torch.Generator().manual_seed(3)
+    v = torch.nn.functional.normalize(torch.randn(kv_heads, length, head_dim, generator=generator), dim=-1) * 8
+    weight = torch.rand(head_dim, generator=generator) + 0.5
+    k = v * weight
+    half, turned = head_dim // 2, rotated // 2
+    angle = torch.rand(length, turned, generator=generator) * 6
+    first, second = k[..., :turned].clone(), k[..., half : half + turned].clone()
+    k[..., :turned] = first * angle.cos() - second * angle.sin()
+    k[..., half : half + turned] = second * angle.cos() + first * angle.sin()
+    q = torch.randn(heads, tokens, head_dim, generator=generator) * 0.2
+    position = torch.arange(length - tokens, length)
+    plain = attend(q, None, AttentionCache(k, v), position, 0)
+    folded_cache = AttentionCache(reference.rotated_part(k, rotated), v, folded=True)
+    folded = attend(
+        reference.fold_query(q, weight, rotated), reference.rotated_part(q, rotated), folded_cache, position, 0
+    )
+    torch.testing.assert_close(folded, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_the_ops_export(tokens: int) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("k", torch.randn(2, 32, 64).bfloat16())
+            self.register_buffer("v", torch.randn(2, 32, 64).bfloat16())
+
+        def forward(self, q: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            return attend(q, None, AttentionCache(self.k, self.v), position, 8)
+
+    q, position = torch.randn(4, tokens, 64).bfloat16(), torch.arange(10, 10 + tokens)
+    count = torch.export.Dim("T", min=2, max=16)
+    dynamic = None if tokens == 1 else ({1: count}, {0: count})
+    layer = Layer()
+    with compiling_for(get_target("sm_90")):
+        program = torch.export.export(layer, (q, position), dynamic_shapes=dynamic, strict=False)
+    assert f"g4.{'decode' if tokens == 1 else 'prefill'}_attention" in str(program.graph)
+    assert torch.equal(program.module()(q, position), layer(q, position))
+
+
+# The 31B's layers: head size, rotated dims, window, query heads per KV head.
+FULL, SLIDING = (512, 128, 0, 8), (256, 256, 1024, 2)
+CASES = [(kind, FULL) for kind in KINDS] + [("plain", SLIDING)]
+
+
+@pytest.mark.parametrize("target_name", sorted(TARGETS))
+@pytest.mark.parametrize(("kind", "layer"), CASES, ids=lambda case: case if isinstance(case, str) else str(case[0]))
+def test_every_configuration_fits_its_target(target_name: str, kind: str, layer: tuple[int, int, int, int]) -> None:
+    target = TARGETS[target_name]
+    head_dim, rotated, window, group = layer
+    stored = "*u8" if kind.endswith("tq4") else "*bf16"
+    rotated = rotated if kind.startswith("folded") else head_dim
+    common = {
+        "q_ptr": "*bf16", "r_ptr": "*bf16", "k_ptr": stored, "k_scale_ptr": "*fp16", "v_ptr": stored, "v_scale_ptr": "*fp16",
+        "table_ptr": "*fp32", "position_ptr": "*i64", "S": "i32", "WINDOW": window, "GROUP": group, "D": head_dim,
+        "R": rotated, "HALF": head_dim // 2, "R_HALF": rotated // 2, "FOLDED": kind.startswith("folded"),
+        "TQ4": kind.endswith("tq4"), "DOT": tl.bfloat16,
+    }  # fmt: skip
+    one = configs.decode_config(target, head_dim, kind)
+    partial = {"partial_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
+    many = configs.prefill_config(target, head_dim, kind)
+    codes = [
+        compile_kernel(decode.split, {**common, **partial, "SPLITS": one.splits, "BLOCK_S": one.block_s, "ROWS": 16},
+                       target, num_warps=one.num_warps, num_stages=one.num_stages),
+        compile_kernel(prefill.attend, {**common, "out_ptr": "*bf16", "T": "i32", "BLOCK_S": many.block_s, "ROWS": many.rows},
+                       target, num_warps=many.num_warps, num_stages=many.num_stages),
+    ]  # fmt: skip
+    for code in codes:
+        assert code.shared_bytes <= target.shared_bytes_per_block, code.name
+        assert code.local_bytes == 0, f"{code.name} spills {code.local_bytes} bytes a thread"

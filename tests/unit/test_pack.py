@@ -1,0 +1,93 @@
+"""Quantized matrices in the GPU layout: no code changes, scales within the stated error."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as GGML
+
+from gemma4cli.errors import G4Error
+from gemma4cli.kernels.quantized_matmul.format import WeightFormat, dequantize, unpack_codes
+from gemma4cli.quant.gguf.convert_tensor import convert_tensor
+from gemma4cli.quant.gguf.reader import GGUFTensor
+from gemma4cli.quant.gguf.tensors import GGUFInt4Tensor, GGUFIntxTensor
+from gemma4cli.quant.groupwise import quantize
+from gemma4cli.quant.pack import pack_weight, packed_format
+from gemma4cli.quant.recipe import QuantSpec
+from gemma4cli.quant.tensors import MatrixBuilder
+from gemma4cli.quant.tensors import dequantize as dequantize_stored
+from tests.support.gguf_writer import random_blocks
+
+
+def quantized(spec: QuantSpec, rows: int = 6, columns: int = 512) -> torch.Tensor:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
+    builder = MatrixBuilder((rows, columns), spec)
+    builder.put(0, quantize(weight, spec))
+    return builder.finish()
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (QuantSpec(4, 32, True, "min-max"), WeightFormat(4, 32, False)),
+        (QuantSpec(4, 32, False, "min-max"), WeightFormat(4, 32, True)),
+        (QuantSpec(4, 64, False, "min-max"), WeightFormat(4, 32, True)),
+        (QuantSpec(8, 0, True, "min-max"), WeightFormat(8, 32, False)),
+    ],
+)
+def test_our_own_quantization(spec: QuantSpec, expected: WeightFormat) -> None:
+    tensor = quantized(spec)
+    packed = pack_weight(tensor, "w")
+    assert packed.format == packed_format(tensor, "w") == expected
+    value = dequantize_stored(tensor)
+    # 1/254 of the largest scale, times at most 15 steps, and of the largest minimum; 8 bits have one scale per row.
+    spread = value.max() - value.min()
+    bound = spread * (1e-3 if spec.bits == 8 else 1.1 / 254 * (2 if expected.has_min else 1))
+    assert (dequantize(packed) - value).abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (GGML.Q4_K, WeightFormat(4, 32, True)),
+        (GGML.Q5_K, WeightFormat(6, 32, True)),
+        (GGML.Q6_K, WeightFormat(6, 16, False)),
+    ],
+)
+def test_k_quants_are_exact(kind: GGML, expected: WeightFormat) -> None:
+    """Their two levels of scales are the format's: packing rounds nothing."""
+    tensor = gguf_tensor(kind, (4, 512))
+    packed = pack_weight(tensor, "w")
+    assert packed.format == expected
+    torch.testing.assert_close(dequantize(packed), dequantize_stored(tensor), rtol=1e-6, atol=1e-7)
+
+
+def gguf_tensor(kind: GGML, shape: tuple[int, int]) -> torch.Tensor:
+    """Convert random blocks of a GGUF type as `g4 convert-gguf` does."""
+    blocks = random_blocks(kind, shape, np.random.default_rng(int(kind)))
+    file = SimpleNamespace(mapping=blocks.tobytes(), path=Path("m.gguf"))
+    with ThreadPoolExecutor(1) as pool:
+        return convert_tensor(GGUFTensor("w", shape, kind, 0, blocks.nbytes, file), pool)
+
+
+def test_codes_survive() -> None:
+    tensor = gguf_tensor(GGML.Q4_K, (4, 512))
+    assert isinstance(tensor, GGUFInt4Tensor)
+    assert torch.equal(unpack_codes(pack_weight(tensor, "w")), tensor.codes().int())
+    tensor = gguf_tensor(GGML.Q6_K, (4, 512))
+    assert isinstance(tensor, GGUFIntxTensor)
+    assert torch.equal(unpack_codes(pack_weight(tensor, "w")), tensor.qdata.int() + 32)
+
+
+def test_what_the_kernels_cannot_read_is_refused_by_name() -> None:
+    with pytest.raises(G4Error, match=r"model\.x is not quantized"):
+        pack_weight(torch.zeros(4, 64), "model.x")
+    with pytest.raises(G4Error, match=r"model\.x is quantized in groups of 16"):
+        pack_weight(quantized(QuantSpec(4, 16, True, "min-max")), "model.x")
+    with pytest.raises(G4Error, match=r"model\.x has 8-bit codes with a zero point"):
+        pack_weight(quantized(QuantSpec(8, 0, False, "min-max")), "model.x")
