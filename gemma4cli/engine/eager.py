@@ -81,13 +81,14 @@ class EagerEngine(Engine):
         """Take a loaded model, whose own caches become the first session's.
 
         Args:
-            compile: whether the step of one token goes through torch.compile; the first one then takes a while.
+            compile: whether the model's step of one token goes through torch.compile; the first then takes a while.
         """
         self.model = model
         self._load_s = load_s
         self._sessions: dict[str, _Session] = {}
         self._device = model.model.embed_tokens.embed_scale.device
-        self._decode: Callable[..., Tensor] = torch.compile(self._next_token) if compile else self._next_token
+        # Without the sampler, whose unrolled bisections would be most of the compiler's work.
+        self._decode: Callable[..., Tensor] = torch.compile(model) if compile else model
 
     @classmethod
     def from_checkpoint(
@@ -189,23 +190,19 @@ class EagerEngine(Engine):
         return self._sessions[name]
 
     @torch.no_grad()
-    def _read(self, session: _Session, tokens: Sequence[int], settings: tuple[Tensor, ...]) -> int:
-        """Read tokens into a session's caches and choose the next one."""
+    def _read(self, session: _Session, tokens: Sequence[int], settings: tuple[Tensor, ...] | None) -> int:
+        """Read tokens into a session's caches and choose the next one; without settings the most probable."""
         for cache, (k, v) in zip(self.model.kv_caches(), session.caches, strict=True):
             cache.k, cache.v = k, v
         start = len(session.tokens)
         end = start + len(tokens)
         # Before the step, so that an interrupted one counts as having overwritten what it might have.
         session.written = max(session.written, end)
-        step = self._decode if len(tokens) == 1 else self._next_token
-        ids = torch.tensor([tokens], device=self._device)
-        token = int(step(ids, torch.arange(start, end, device=self._device), *settings))
+        forward = self._decode if len(tokens) == 1 else self.model
+        input_pos = torch.arange(start, end, device=self._device)
+        logits = forward(torch.tensor([tokens], device=self._device), input_pos)[:, -1]
         session.tokens.extend(tokens)
-        return token
-
-    def _next_token(self, tokens: Tensor, input_pos: Tensor, *settings: Tensor) -> Tensor:
-        logits = self.model(tokens, input_pos)[:, -1]
-        return sample(logits, input_pos[-1:], *settings)
+        return int(logits.argmax() if settings is None else sample(logits, input_pos[-1:], *settings))
 
     def _stats(self, clock: _Clock, prompt: int, reused: int, generated: int) -> GenerationStats:
         first = clock.first_token
@@ -309,8 +306,10 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _settings_tensors(sampling: SamplingSettings, device: torch.device) -> tuple[Tensor, ...]:
-    """Return temperature, top_k, top_p, min_p and seed as `sample` takes them, each [1]."""
+def _settings_tensors(sampling: SamplingSettings, device: torch.device) -> tuple[Tensor, ...] | None:
+    """Return temperature, top_k, top_p, min_p and seed as `sample` takes them, each [1]; None for greedy."""
+    if sampling.temperature == 0:
+        return None
     floats, whole = torch.float32, torch.int64
     values = (
         (sampling.temperature, floats),
