@@ -273,7 +273,7 @@ def test_eval_text_is_what_the_script_writes() -> None:
 def test_muon_makes_the_update_orthogonal() -> None:
     torch.manual_seed(0)
     for shape in ((3, 16, 64), (3, 64, 16)):
-        singular = torch.linalg.svdvals(train._orthogonal(torch.randn(shape)).float())
+        singular = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape)).float())
         assert singular.min() > 0.5
         assert singular.max() < 1.4
 
@@ -287,7 +287,7 @@ def test_training_steps_lower_the_loss_and_the_checkpoint_can_be_read(tmp_path: 
     muon = train.Muon([p for p in model.layers[0].parameters() if p.ndim == 2])
     losses = []
     for _ in range(3):
-        loss = train._loss(model, ids.long(), weights, documents)
+        loss = train.batch_loss(model, ids.long(), weights, documents)
         loss.backward()
         muon.step(0.02)
         model.zero_grad(set_to_none=True)

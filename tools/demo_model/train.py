@@ -49,13 +49,13 @@ class Muon:
         for shape, group in self.groups.items():
             gradient = torch.stack([parameter.grad for parameter in group])
             buffer = self.buffers[shape].lerp_(gradient, 1 - self.momentum)
-            update = _orthogonal(gradient.lerp(buffer, self.momentum))
+            update = orthogonalize(gradient.lerp(buffer, self.momentum))
             scale = lr * max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_mul_(group, 1 - lr * self.weight_decay)
             torch._foreach_add_(group, list(update.float().unbind()), alpha=-scale)
 
 
-def _orthogonal(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Push the singular values of each matrix towards 1 with five quintic Newton-Schulz steps."""
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = (matrices if wide else matrices.mT).bfloat16()
@@ -85,7 +85,7 @@ def _start_workers(tokenizer: Tokenizer, batch_tokens: int, processes: int, kind
     return fed
 
 
-def _loss(model: network.Network, ids: Tensor, weights: Tensor, documents: Tensor | None) -> Tensor:
+def batch_loss(model: network.Network, ids: Tensor, weights: Tensor, documents: Tensor | None) -> Tensor:
     """Weighted mean cross entropy over the trained positions; `weights[b, t]` belongs to the token at t."""
     trained = weights[:, 1:].flatten().nonzero().squeeze(1)  # on the CPU: no wait for the device
     weight = weights[:, 1:].flatten()[trained]
@@ -119,7 +119,7 @@ def train(model: network.Network, tokenizer: Tokenizer, arguments: argparse.Name
         open_kinds = [entry for entry in fed if part >= entry[0][3]]
         (length, packed, _, _), queue = rng.choices(open_kinds, [entry[0][2] for entry in open_kinds])[0]
         ids, weights, documents = (torch.from_numpy(array) for array in queue.get())
-        loss = _loss(model, ids.long(), weights, documents if packed else None)
+        loss = batch_loss(model, ids.long(), weights, documents if packed else None)
         rate = min(1.0, (step + 1) / 100) * min(1.0, (1 - part) / (1 - DECAY_FROM))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
