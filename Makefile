@@ -4,7 +4,7 @@
 # make clean   remove the environment and everything built
 #
 # PYTHON     the Python to make the environment with (3.11 or later)
-# PIP_ARGS   passed to every pip install, e.g. PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+# PIP_ARGS   passed to every pip install, e.g. --index-url for an index with CPU-only torch wheels
 # TEST_ARGS  passed to pytest
 
 PYTHON ?= python3
