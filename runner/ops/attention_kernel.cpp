@@ -14,8 +14,6 @@ static_assert(kKeyBlock % kLanes == 0, "the block of scores is a whole number of
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t VecInt __attribute__((vector_size(kLanes * sizeof(int32_t))));
-typedef float Vec4 __attribute__((vector_size(4 * sizeof(float))));
-
 inline Vec load(const float* p) {
   Vec x;
   memcpy(&x, p, sizeof(x));
@@ -24,13 +22,20 @@ inline Vec load(const float* p) {
 
 inline void store(float* p, Vec x) { memcpy(p, &x, sizeof(x)); }
 
-inline float horizontal_sum(Vec x) {
-  Vec4 part[kLanes / 4];
-  memcpy(part, &x, sizeof(x));
-  for (int width = kLanes / 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+// The sums of kCount vectors at once: halves are added pairwise until every lane is the sum of one vector.
+template <int kWidth, int kCount>
+inline void horizontal_sums(const float* vectors, float* sums) {
+  if constexpr (kWidth == 1) {
+    memcpy(sums, vectors, kCount * sizeof(float));
+  } else {
+    float halved[kCount * kWidth / 2];
+    for (int i = 0; i < kCount; ++i) {
+      for (int lane = 0; lane < kWidth / 2; ++lane) {
+        halved[i * kWidth / 2 + lane] = vectors[i * kWidth + lane] + vectors[i * kWidth + lane + kWidth / 2];
+      }
+    }
+    horizontal_sums<kWidth / 2, kCount>(halved, sums);
   }
-  return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
 // e^x for x <= 0, relative error below 2e-7; 0 for x below -87, where float has no normal numbers left.
@@ -54,56 +59,54 @@ inline Vec exp_nonpositive(Vec x) {
   return (Vec)(((VecInt)p + exponent) & representable);
 }
 
-// scores[r][j] = q[r] . k[j] for two keys at once: eight independent chains of multiply-adds.
-template <int kKeys>
-inline void dot_block(const float* const* q, const float* const* keys, int64_t head_dim, float* scores) {
-  Vec sum[kRowBlock][kKeys] = {};
+// scores[r][j] = q[r] . keys[j] for two keys at once: eight independent chains of multiply-adds.
+inline void dot_pair(const float* const* q, const float* const* keys, int64_t head_dim, float* scores) {
+  Vec sum[kTileRows][2] = {};
   int64_t d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) {
-    Vec key[kKeys];
-    for (int j = 0; j < kKeys; ++j) key[j] = load(keys[j] + d);
-    for (int r = 0; r < kRowBlock; ++r) {
+    const Vec first = load(keys[0] + d), second = load(keys[1] + d);
+    for (int r = 0; r < kTileRows; ++r) {
       const Vec query = load(q[r] + d);
-      for (int j = 0; j < kKeys; ++j) sum[r][j] += query * key[j];
+      sum[r][0] += query * first;
+      sum[r][1] += query * second;
     }
   }
-  for (int r = 0; r < kRowBlock; ++r) {
-    for (int j = 0; j < kKeys; ++j) {
-      float total = horizontal_sum(sum[r][j]);
+  float lanes[kTileRows * 2 * kLanes], totals[kTileRows * 2];
+  memcpy(lanes, sum, sizeof(lanes));
+  horizontal_sums<kLanes, kTileRows * 2>(lanes, totals);
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int j = 0; j < 2; ++j) {
+      float total = totals[r * 2 + j];
       for (int64_t tail = d; tail < head_dim; ++tail) total += q[r][tail] * keys[j][tail];
       scores[r * kKeyBlock + j] = total;
     }
   }
 }
 
-// acc[r] = acc[r] * scale[r] + sum over keys [begin, end) of weights[r][j] * values[j]
-inline void accumulate_values(const float* const* values, int64_t begin, int64_t end, const float* weights,
-                              const float* scale, int64_t head_dim, float* acc) {
-  constexpr int kUnroll = 2;
+// acc[r] += weights[r][j] * values[j] for two keys, in the order of the keys. Walks whole rows: the accumulators stay in
+// the first-level cache, and values are read once, in a row, as prefetchers like it.
+inline void accumulate_pair(const float* const* values, const float* weights, int64_t head_dim, float* acc) {
   int64_t d = 0;
-  for (; d + kUnroll * kLanes <= head_dim; d += kUnroll * kLanes) {
-    Vec sum[kRowBlock][kUnroll];
-    for (int r = 0; r < kRowBlock; ++r) {
-      for (int u = 0; u < kUnroll; ++u) sum[r][u] = load(acc + r * head_dim + d + u * kLanes) * scale[r];
-    }
-    for (int64_t j = begin; j < end; ++j) {
-      Vec value[kUnroll];
-      for (int u = 0; u < kUnroll; ++u) value[u] = load(values[j] + d + u * kLanes);
-      for (int r = 0; r < kRowBlock; ++r) {
-        for (int u = 0; u < kUnroll; ++u) sum[r][u] += weights[r * kKeyBlock + j] * value[u];
-      }
-    }
-    for (int r = 0; r < kRowBlock; ++r) {
-      for (int u = 0; u < kUnroll; ++u) store(acc + r * head_dim + d + u * kLanes, sum[r][u]);
+  for (; d + kLanes <= head_dim; d += kLanes) {
+    const Vec first = load(values[0] + d), second = load(values[1] + d);
+    for (int r = 0; r < kTileRows; ++r) {
+      Vec sum = load(acc + r * head_dim + d);
+      sum += weights[r * kKeyBlock] * first;
+      sum += weights[r * kKeyBlock + 1] * second;
+      store(acc + r * head_dim + d, sum);
     }
   }
   for (; d < head_dim; ++d) {
-    for (int r = 0; r < kRowBlock; ++r) {
-      float sum = acc[r * head_dim + d] * scale[r];
-      for (int64_t j = begin; j < end; ++j) sum += weights[r * kKeyBlock + j] * values[j][d];
-      acc[r * head_dim + d] = sum;
+    for (int r = 0; r < kTileRows; ++r) {
+      acc[r * head_dim + d] += weights[r * kKeyBlock] * values[0][d];
+      acc[r * head_dim + d] += weights[r * kKeyBlock + 1] * values[1][d];
     }
   }
+}
+
+inline void rescale(float scale, int64_t head_dim, float* acc) {
+  if (scale == 1.0f) return;
+  for (int64_t d = 0; d < head_dim; ++d) acc[d] *= scale;
 }
 
 // Turns the scores of one row into weights relative to its new maximum; returns the factor for what it has so far.
@@ -121,10 +124,72 @@ inline float reweight(float* scores, float& maximum, float& sum) {
     total += weight;
   }
   const float scale = highest == maximum ? 1.0f : expf(maximum - highest);
-  sum = sum * scale + horizontal_sum(total);
+  float lanes[kLanes], weights;
+  memcpy(lanes, &total, sizeof(lanes));
+  horizontal_sums<kLanes, 1>(lanes, &weights);
+  sum = sum * scale + weights;
   maximum = highest;
   return scale;
 }
+
+// The keys and values of the positions block + [from, to), and which of those there are.
+struct KeyBlock {
+  int64_t block, from, to;
+  const float* keys[kKeyBlock];
+  const float* values[kKeyBlock];
+
+  // Keys are processed in pairs; a pair that is only half inside reads its inner key twice, and the copy is masked.
+  int64_t first_pair() const { return from & ~int64_t{1}; }
+  int64_t last_pair() const { return (to - 1) & ~int64_t{1}; }
+
+  KeyBlock(const AttentionProblem& problem, int64_t kv_head, int64_t start, int64_t begin, int64_t end)
+      : block(start),
+        from(begin > start ? begin - start : 0),
+        to(end - start < kKeyBlock ? end - start : kKeyBlock) {
+    const int64_t head_dim = problem.head_dim, head = kv_head * problem.slots * head_dim;
+    int64_t slot = (block + from) % problem.slots;
+    for (int64_t j = from; j < to; ++j) {
+      keys[j] = problem.k + head + slot * head_dim;
+      values[j] = problem.v + head + slot * head_dim;
+      if (++slot == problem.slots) slot = 0;
+    }
+    keys[first_pair()] = keys[from];
+    values[first_pair()] = values[from];
+    keys[last_pair() + 1] = keys[to - 1];
+    values[last_pair() + 1] = values[to - 1];
+  }
+};
+
+// kTileRows rows that go through a block of keys together. A short tile repeats its last row, so that the loops have
+// constant bounds; the copies are computed and dropped.
+struct Tile {
+  const float* q[kTileRows];
+  int64_t first[kTileRows], last[kTileRows];
+
+  Tile(const AttentionProblem& problem, int64_t kv_head, int64_t row, int64_t rows) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const int64_t source = row + (r < rows ? r : rows - 1);
+      q[r] = problem.q_row(kv_head, source);
+      first[r] = problem.first_visible(source);
+      last[r] = problem.last_visible(source);
+    }
+  }
+
+  void attend(const KeyBlock& keys, int64_t head_dim, float* maxima, float* sums, float* acc) const {
+    alignas(64) float scores[kTileRows * kKeyBlock];
+    for (int64_t j = keys.first_pair(); j <= keys.last_pair(); j += 2) dot_pair(q, keys.keys + j, head_dim, scores + j);
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      float* row_scores = scores + r * kKeyBlock;
+      const int64_t from = first[r] - keys.block > keys.from ? first[r] - keys.block : keys.from;
+      const int64_t to = last[r] + 1 - keys.block < keys.to ? last[r] + 1 - keys.block : keys.to;
+      for (int64_t j = 0; j < kKeyBlock; ++j) row_scores[j] = j >= from && j < to ? row_scores[j] : -INFINITY;
+      rescale(reweight(row_scores, maxima[r], sums[r]), head_dim, acc + r * head_dim);
+    }
+    for (int64_t j = keys.first_pair(); j <= keys.last_pair(); j += 2) {
+      accumulate_pair(keys.values + j, scores + j, head_dim, acc);
+    }
+  }
+};
 
 void attend_split(const AttentionProblem& problem, int64_t kv_head, int64_t row, int64_t rows, int64_t split,
                   float* partial) {
@@ -133,50 +198,18 @@ void attend_split(const AttentionProblem& problem, int64_t kv_head, int64_t row,
   float* sums = maxima + kRowBlock;
   float* acc = sums + kRowBlock;
   memset(partial, 0, partial_floats(head_dim) * sizeof(float));
+  for (int64_t r = 0; r < kRowBlock; ++r) maxima[r] = -INFINITY;
 
-  // A short block repeats its last row, so that the loops have constant bounds; the copies are computed and dropped.
-  const float* q[kRowBlock];
-  int64_t first[kRowBlock], last[kRowBlock];
-  int64_t begin = INT64_MAX, end = 0;
-  for (int64_t r = 0; r < kRowBlock; ++r) {
-    const int64_t source = row + (r < rows ? r : rows - 1);
-    maxima[r] = -INFINITY;
-    q[r] = problem.q_row(kv_head, source);
-    first[r] = problem.first_visible(source);
-    last[r] = problem.last_visible(source);
-    begin = first[r] < begin ? first[r] : begin;
-    end = last[r] + 1 > end ? last[r] + 1 : end;
-  }
-  begin = begin > split * kSplitKeys ? begin : split * kSplitKeys;
-  end = end < (split + 1) * kSplitKeys ? end : (split + 1) * kSplitKeys;
-
-  const float* k = problem.k + kv_head * problem.slots * head_dim;
-  const float* v = problem.v + kv_head * problem.slots * head_dim;
+  // Positions ascend with the rows, so the first row sees the oldest key and the last row the newest.
+  const int64_t oldest = problem.first_visible(row), newest = problem.last_visible(row + rows - 1);
+  const int64_t begin = oldest > split * kSplitKeys ? oldest : split * kSplitKeys;
+  const int64_t end = newest + 1 < (split + 1) * kSplitKeys ? newest + 1 : (split + 1) * kSplitKeys;
   for (int64_t block = begin / kKeyBlock * kKeyBlock; block < end; block += kKeyBlock) {
-    const int64_t from = begin > block ? begin - block : 0;
-    const int64_t to = end - block < kKeyBlock ? end - block : kKeyBlock;
-    const float* keys[kKeyBlock];
-    const float* values[kKeyBlock];
-    int64_t slot = (block + from) % problem.slots;
-    for (int64_t j = from; j < to; ++j) {
-      keys[j] = k + slot * head_dim;
-      values[j] = v + slot * head_dim;
-      if (++slot == problem.slots) slot = 0;
+    const KeyBlock keys(problem, kv_head, block, begin, end);
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const Tile tile(problem, kv_head, row + r, rows - r);
+      tile.attend(keys, head_dim, maxima + r, sums + r, acc + r * head_dim);
     }
-    alignas(64) float scores[kRowBlock * kKeyBlock];
-    int64_t j = from;
-    for (; j + 2 <= to; j += 2) dot_block<2>(q, keys + j, head_dim, scores + j);
-    if (j < to) dot_block<1>(q, keys + j, head_dim, scores + j);
-
-    float scale[kRowBlock];
-    for (int64_t r = 0; r < kRowBlock; ++r) {
-      float* row_scores = scores + r * kKeyBlock;
-      for (int64_t i = 0; i < kKeyBlock; ++i) {
-        if (i < from || i >= to || block + i < first[r] || block + i > last[r]) row_scores[i] = -INFINITY;
-      }
-      scale[r] = reweight(row_scores, maxima[r], sums[r]);
-    }
-    accumulate_values(values, from, to, scores, scale, head_dim, acc);
   }
 }
 

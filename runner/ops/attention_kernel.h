@@ -36,8 +36,10 @@ struct AttentionProblem {
   }
 };
 
-// Rows that share each load of a key or value.
-constexpr int64_t kRowBlock = 4;
+// Rows that share each load of a key or value into registers.
+constexpr int64_t kTileRows = 4;
+// Rows that share each load of a block of keys into the cache.
+constexpr int64_t kRowBlock = 16;
 // Keys between two updates of the running maximum.
 constexpr int64_t kKeyBlock = 64;
 // Keys per partial result. Splits and key blocks start at multiples of absolute positions, so that the order of additions
