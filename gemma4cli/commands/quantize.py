@@ -58,9 +58,10 @@ def quantize(
         return _show(console, workspace, model, [load_recipe(name) for name in names])
     chosen = load_recipe(recipe)
     source = workspace.resolve("model", model, console.note)
-    target = output or workspace.new_path("checkpoint", f"{_name_of(source)}-{chosen.name}")
+    name = f"{_name_of(source)}-{chosen.name}"
     if dry_run:
-        return _dry_run(console, source, target, chosen)
+        return _dry_run(console, source, output or workspace.folder("checkpoint") / name, chosen)
+    target = output or workspace.new_path("checkpoint", name)
     require_absent(target, force)
 
     from gemma4cli.quant.quantize import quantize_checkpoint

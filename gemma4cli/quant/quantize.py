@@ -132,7 +132,7 @@ def plan_quantization(
     if reader.is_quantized:
         raise G4Error(f"{source} is quantized already.", hint="Quantize the original checkpoint instead.")
     assignments = recipe.assign(reader.config, separate_head=LM_HEAD in reader.names())
-    layout = {a.name: _layout_of(a, reader.dtype(a.source)) for a in assignments}
+    layout = {a.name: stored_layout(a, reader.dtype(a.source)) for a in assignments}
     plan = CheckpointPlan(layout, _assets(source), shard_bytes)
     return QuantizationPlan(reader, recipe, tuple(assignments), plan)
 
@@ -224,7 +224,8 @@ def _produce(plan: QuantizationPlan, what: Assignment, device: torch.device, tas
     )
 
 
-def _layout_of(what: Assignment, dtype: torch.dtype) -> Tensor:
+def stored_layout(what: Assignment, dtype: torch.dtype) -> Tensor:
+    """Return what will be stored for a tensor of `dtype`, on the meta device."""
     if what.spec is None:
         return torch.empty(what.shape, dtype=dtype, device="meta")
     return MatrixBuilder(what.shape, what.spec, "meta").finish()

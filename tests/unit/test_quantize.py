@@ -26,8 +26,10 @@ from gemma4cli.quant.quantize import (
     plan_quantization,
     quantize_checkpoint,
     quantize_tensor,
+    stored_layout,
 )
-from gemma4cli.quant.recipe import QuantSpec, Recipe, Rule, load_recipe
+from gemma4cli.quant.recipe import BUILT_IN, QuantSpec, Recipe, Rule, load_recipe
+from gemma4cli.quant.shards import stored_bytes
 from gemma4cli.quant.tensors import dequantize
 from tests.support.tiny import random_weights, tiny_config, write_checkpoint, write_shards
 
@@ -115,6 +117,23 @@ def test_bits_per_weight_by_hand(source: Path) -> None:
     assert plan.totals.bits_per_weight == round(bits / sum(map(math.prod, shapes.values())), 4)
     assert plan.bits_of_rule(1) == (1, 8.375)
     assert plan.bits_of_rule(2) == (len(matrices) + 1, 5.0)
+
+
+def test_the_documented_sizes_of_the_31b() -> None:
+    config = tiny_config(
+        vocab_size=262144, hidden_size=5376, intermediate_size=21504, num_hidden_layers=60, num_attention_heads=32,
+        layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 10, num_key_value_heads=16, head_dim=256,
+        num_global_key_value_heads=4, global_head_dim=512,
+    )  # fmt: skip
+    parameters = sum(map(math.prod, config.parameter_shapes().values()))
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
+    assert f"{parameters:,}".replace(",", " ") in page
+    for name in BUILT_IN:
+        assignments = load_recipe(name).assign(config, separate_head=False)
+        layout = ((a.name, stored_layout(a, torch.bfloat16)) for a in assignments)
+        size = sum(stored_bytes(tensor_name, tensor) for tensor_name, tensor in layout)
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
+        assert f"{size / 1e9:.1f} GB, {size * 8 / parameters:.2f}" in row
 
 
 def test_two_runs_give_the_same_bytes(source: Path, tmp_path: Path) -> None:
@@ -335,6 +354,7 @@ def test_the_command_quantizes_the_last_model_and_reports(
     planned = json.loads(capsys.readouterr().out)
     assert planned["fits"] is True
     assert planned["exists"] is False
+    assert not (home / "checkpoints").exists()
     assert g4("quantize", "--json") == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out)

@@ -224,6 +224,16 @@ def test_printing_survives_quotes_and_other_alphabets() -> None:
     assert parse_recipe(built.to_toml([None, None]), "printed") == built
 
 
+def test_the_recipe_in_the_documentation_works() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
+    built = parse_recipe(page.split("```toml\n")[1].split("```")[0], "docs/quantization.md")
+    found = specs(built, num_hidden_layers=36, layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 6)
+    protected = {name for name, spec in found.items() if spec == INT8}
+    assert {int(name.split(".")[2]) for name in protected} == {*range(9), 20, *range(30, 36)}
+    assert found["lm_head.weight"] == HQQ4
+    assert found["model.embed_tokens.weight"] is None
+
+
 def test_reading_recipes_imports_no_torch() -> None:
     code = "import sys, gemma4cli.quant.recipe as r; r.load_recipe('default'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
