@@ -69,3 +69,35 @@ def clear(model: Gemma4, value: float = 0.0) -> None:
     for cache in model.kv_caches():
         cache.k.fill_(value)
         cache.v.fill_(value)
+
+
+@torch.no_grad()
+def layer_errors(theirs: Gemma4ForCausalLM, ours: Gemma4, tokens: Tensor) -> list[float]:
+    """Feed each of our layers the input that the reference's layer got; return the largest differences."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def record(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        # The reference scales the residual stream in place, so both must be copied.
+        outputs.append(output.clone())
+
+    hooks = [layer.register_forward_hook(record) for layer in theirs.model.layers]
+    hooks += [
+        layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
+        for layer in theirs.model.layers
+    ]
+    theirs(tokens)
+    for hook in hooks:
+        hook.remove()
+    positions = torch.arange(tokens.shape[1])
+    angles = {kind: rotary(positions) for kind, rotary in ours.model.rotary_emb.items()}
+    return [
+        (layer(x, positions, *angles[layer.kind]) - y).abs().max().item()
+        for layer, x, y in zip(ours.model.layers, inputs, outputs, strict=True)
+    ]
+
+
+@torch.no_grad()
+def logit_error(theirs: Gemma4ForCausalLM, ours: Gemma4, tokens: Tensor, chunk: int = 16) -> float:
+    """Return the largest difference of any logit, ours read in chunks."""
+    return (theirs(tokens).logits - read_in_chunks(ours, tokens, [chunk])).abs().max().item()

@@ -19,7 +19,7 @@ from gemma4cli.model.config import Gemma4Config
 from gemma4cli.model.gemma4 import Gemma4
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.model.settings import GREEDY
-from tests.parity.reference import our_model, read_in_chunks, transformers_model
+from tests.parity.reference import layer_errors, logit_error, our_model, read_in_chunks, transformers_model
 from tests.support.tiny import random_weights, tiny_config, tiny_text_config, write_checkpoint
 
 CACHE = CacheSpec(256, 16, torch.float32)
@@ -46,40 +46,9 @@ def tokens() -> Tensor:
     return torch.randint(0, 160, (1, LENGTH), generator=torch.Generator().manual_seed(2))
 
 
-@torch.no_grad()
-def _layer_errors(theirs: Gemma4ForCausalLM, ours: Gemma4, tokens: Tensor) -> list[float]:
-    """Feed each of our layers the input that the reference's layer got; return the largest differences."""
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-
-    def record(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        # The reference scales the residual stream in place, so both must be copied.
-        outputs.append(output.clone())
-
-    hooks = [layer.register_forward_hook(record) for layer in theirs.model.layers]
-    hooks += [
-        layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
-        for layer in theirs.model.layers
-    ]
-    theirs(tokens)
-    for hook in hooks:
-        hook.remove()
-    positions = torch.arange(tokens.shape[1])
-    angles = {kind: rotary(positions) for kind, rotary in ours.model.rotary_emb.items()}
-    return [
-        (layer(x, positions, *angles[layer.kind]) - y).abs().max().item()
-        for layer, x, y in zip(ours.model.layers, inputs, outputs, strict=True)
-    ]
-
-
-@torch.no_grad()
-def _logit_error(theirs: Gemma4ForCausalLM, ours: Gemma4, tokens: Tensor) -> float:
-    return (theirs(tokens).logits - read_in_chunks(ours, tokens, [16])).abs().max().item()
-
-
 def test_every_layer_is_within_3e5(theirs: Gemma4ForCausalLM, weights: dict[str, Tensor], tokens: Tensor) -> None:
     ours = our_model(tiny_config(), weights, replace(CACHE, prefill_chunk=LENGTH))
-    errors = _layer_errors(theirs, ours, tokens)
+    errors = layer_errors(theirs, ours, tokens)
     assert len(errors) == 12
     assert max(errors) <= 3e-5, errors
 
@@ -89,7 +58,7 @@ def test_embedding_is_equal(theirs: Gemma4ForCausalLM, ours: Gemma4, tokens: Ten
 
 
 def test_logits_agree_far_past_the_ring(theirs: Gemma4ForCausalLM, ours: Gemma4, tokens: Tensor) -> None:
-    assert _logit_error(theirs, ours, tokens) <= 5e-4
+    assert logit_error(theirs, ours, tokens) <= 5e-4
 
 
 def test_32_greedy_tokens_are_the_same(theirs: Gemma4ForCausalLM, ours: Gemma4, tokens: Tensor) -> None:
@@ -152,7 +121,7 @@ def test_a_wrong_model_is_noticed(
     if change is not None:
         with torch.no_grad():
             change(wrong)
-    assert _logit_error(theirs, wrong, tokens) > 5e-2
+    assert logit_error(theirs, wrong, tokens) > 5e-2
 
 
 def test_bfloat16_is_as_exact_as_theirs(tokens: Tensor) -> None:
@@ -174,7 +143,7 @@ def test_without_softcap_and_with_a_head_of_its_own(tokens: Tensor) -> None:
     config = tiny_config(**changes)
     weights = random_weights(config, seed=4)
     theirs = transformers_model(tiny_text_config(**changes), weights, torch.float32)
-    assert _logit_error(theirs, our_model(config, weights, CACHE), tokens) <= 2e-3
+    assert logit_error(theirs, our_model(config, weights, CACHE), tokens) <= 2e-3
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -190,7 +159,7 @@ def test_a_config_written_by_transformers_reads_the_same(nested: bool) -> None:
 def test_a_checkpoint_written_by_transformers_loads(theirs: Gemma4ForCausalLM, tokens: Tensor, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     engine = EagerEngine.from_checkpoint(tmp_path, context_length=256, prefill_chunk=16)
-    assert _logit_error(theirs, engine.model, tokens) <= 5e-4
+    assert logit_error(theirs, engine.model, tokens) <= 5e-4
 
 
 def test_a_checkpoint_of_ours_loads_in_transformers(tmp_path: Path) -> None:

@@ -133,6 +133,13 @@ def test_going_back_twice_counts_from_the_farthest_point(engine: EagerEngine, or
     assert result.tokens == _expected(oracle, shorter, 6)
 
 
+def test_a_new_conversation_fills_the_ring_anew(engine: EagerEngine) -> None:
+    """What a longer conversation overwrote before does not limit how far this one can go back."""
+    _answer(engine, _tokens(90), 1)
+    _answer(engine, _tokens(30, seed=1), 1)
+    assert _answer(engine, (*_tokens(30, seed=1)[:25], 7), 1).result.stats.reused_tokens == 25
+
+
 def test_any_sequence_of_conversations_answers_as_if_fresh(engine: EagerEngine, oracle: Gemma4) -> None:
     chance = random.Random(8)
     tokens: list[int] = []
