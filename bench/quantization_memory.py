@@ -1,7 +1,7 @@
 """Measure the peak memory of quantizing tensors of the 31B's size: python -m bench.quantization_memory FOLDER
 
 Writes a random checkpoint of one layer with the 31B's embedding (262144 x 5376) and matrices (21504 x 5376), 3.9 GB,
-to FOLDER, quantizes it there with `g4 quantize` in a process of its own, and prints one JSON line for bench/results/.
+to FOLDER, quantizes it there with `g4 quantize` in a process of its own, and prints JSON for bench/results/.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,7 +41,6 @@ def main() -> None:
     source, target = arguments.folder / "source", arguments.folder / "quantized"
     if not source.exists():
         write_checkpoint(source, dtype=torch.bfloat16, vision=False, **_SIZES)
-    started = time.monotonic()
     program = "import sys; from gemma4cli.cli import main; code = main(sys.argv[1:]);"
     program += "print(*(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM'))); sys.exit(code)"
     command = ["quantize", str(source), "--recipe", arguments.recipe, "-o", str(target), "--force", "--quiet"]
@@ -57,11 +55,11 @@ def main() -> None:
                 "peak_rss_bytes": int(run.stdout.split()[-1]) << 10,
                 "planned_peak_bytes": plan.peak_bytes,
                 "source_bytes": plan.totals.source_bytes,
-                "wall_s": round(time.monotonic() - started, 1),
                 "threads": torch.get_num_threads(),
                 "torch": version("torch"),
                 "torchao": version("torchao"),
-            }
+            },
+            indent=2,
         )
     )
 

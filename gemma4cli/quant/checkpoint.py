@@ -16,9 +16,10 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from safetensors import SafetensorError
@@ -142,6 +143,8 @@ def _check_files(
 ) -> None:
     for name, record in files.items():
         file = path / name
+        if Path(name).name != name:
+            raise G4Error(f"{path / MANIFEST_FILE} names {name!r}, which is not a file of its folder.", hint=_AGAIN)
         if not file.is_file():
             raise G4Error(f"{file} is missing.", hint=_AGAIN)
         size = file.stat().st_size
@@ -229,12 +232,15 @@ def write_checkpoint(
         pending = [shard for shard in plan.shards if shard.file not in finished.files]
         require_space(target, plan)
         book = _Book(folder, plan, finished)
-        # A shard is hashed and entered into the manifest while the next one is being written.
-        with progress.phase(label, sum(shard.data_bytes for shard in pending)) as task, ThreadPoolExecutor(1) as clerk:
-            entries = []
+        # Making a shard durable and hashing it takes as long as writing it; the next ones are written meanwhile.
+        with progress.phase(label, sum(shard.data_bytes for shard in pending)) as task, ThreadPoolExecutor(2) as clerks:
+            entries: list[Future[None]] = []
             for shard in pending:
-                records = _write_shard(folder, shard, produce, task)
-                entries.append(clerk.submit(book.enter, shard, records))
+                for entry in entries:
+                    if entry.done():
+                        entry.result()
+                writer, records = _write_shard(folder, shard, produce, task)
+                entries.append(clerks.submit(book.enter, writer, shard, records))
             for entry in entries:
                 entry.result()
         return _write_rest(folder, plan, book.manifest)
@@ -246,11 +252,15 @@ class _Book:
     def __init__(self, folder: Path, plan: CheckpointPlan, manifest: CheckpointManifest) -> None:
         self.manifest = manifest
         self._folder, self._plan = folder, plan
+        self._lock = Lock()
 
-    def enter(self, shard: ShardPlan, records: Mapping[str, TensorRecord]) -> None:
-        """Add a finished shard; from then on a later run keeps it."""
-        self.manifest = _with_shard(self._plan, self.manifest, self._folder / shard.file, records)
-        with _explained(self._folder / MANIFEST_FILE):
+    def enter(self, writer: ShardWriter, shard: ShardPlan, records: Mapping[str, TensorRecord]) -> None:
+        """Finish a shard and add it; from then on a later run keeps it."""
+        with writer, _explained(self._folder / shard.file):
+            file = writer.finish()
+        record = FileRecord(file.stat().st_size, sha256_file(file))
+        with self._lock, _explained(self._folder / MANIFEST_FILE):
+            self.manifest = _with_shard(self._plan, self.manifest, shard.file, record, records)
             write_json(self._folder / MANIFEST_FILE, self.manifest.to_json())
 
 
@@ -266,7 +276,10 @@ def require_space(target: Path, plan: CheckpointPlan) -> None:
     require_free_space(target.parent, sum(plan.files.values()) + manifest - there, f"The checkpoint {target.name}")
 
 
-def _write_shard(folder: Path, shard: ShardPlan, produce: Produce, task: Task) -> dict[str, TensorRecord]:
+def _write_shard(
+    folder: Path, shard: ShardPlan, produce: Produce, task: Task
+) -> tuple[ShardWriter, dict[str, TensorRecord]]:
+    """Write a shard's tensors; the writer is left to be finished and closed."""
     records = {}
     with contextlib.ExitStack() as stack:
         with _explained(folder / shard.file):
@@ -276,17 +289,20 @@ def _write_shard(folder: Path, shard: ShardPlan, produce: Produce, task: Task) -
             with _explained(folder / shard.file):
                 writer.put(name, tensor)
             del tensor
-        with _explained(folder / shard.file):
-            writer.finish()
-    return records
+        stack.pop_all()
+    return writer, records
 
 
 def _with_shard(
-    plan: CheckpointPlan, manifest: CheckpointManifest, file: Path, records: Mapping[str, TensorRecord]
+    plan: CheckpointPlan,
+    manifest: CheckpointManifest,
+    file: str,
+    record: FileRecord,
+    records: Mapping[str, TensorRecord],
 ) -> CheckpointManifest:
     """Add a finished shard, keeping the order of the plan whatever was finished first."""
     tensors = {**manifest.tensors, **records}
-    files = {**manifest.files, file.name: FileRecord(file.stat().st_size, sha256_file(file))}
+    files = {**manifest.files, file: record}
     return replace(
         manifest,
         tensors={name: tensors[name] for name in plan.layout if name in tensors},

@@ -169,6 +169,10 @@ def edit(path: Path, **changes: object) -> None:
         (lambda c: (c / "g4.json").write_text("{"), r"g4\.json is not valid JSON"),
         (lambda c: edit(c / "g4.json", files={"a": {"bytes": 1}}), r"g4\.json is damaged: .*sha256"),
         (lambda c: edit(c / "g4.json", totals={"parameters": "many"}), r"g4\.json is damaged"),
+        (
+            lambda c: edit(c / "g4.json", files={"../source": {"bytes": 1, "sha256": "x"}}),
+            r"g4\.json names '\.\./source', which is not a file of its folder",
+        ),
         (lambda c: edit(c / "g4.json", tensors={}), r"g4\.json disagree about lm_head\.weight"),
         (lambda c: (c / "g4.json").unlink(), r"has dtype .*; a plain checkpoint has"),
     ],
