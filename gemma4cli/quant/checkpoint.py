@@ -16,7 +16,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -234,11 +234,8 @@ def write_checkpoint(
         book = _Book(folder, plan, finished)
         # Making a shard durable and hashing it takes as long as writing it; the next ones are written meanwhile.
         with progress.phase(label, sum(shard.data_bytes for shard in pending)) as task, ThreadPoolExecutor(2) as clerks:
-            entries: list[Future[None]] = []
+            entries = []
             for shard in pending:
-                for entry in entries:
-                    if entry.done():
-                        entry.result()
                 writer, records = _write_shard(folder, shard, produce, task)
                 entries.append(clerks.submit(book.enter, writer, shard, records))
             for entry in entries:

@@ -30,7 +30,7 @@ from gemma4cli.errors import G4Error
 from gemma4cli.files import require_absent
 from gemma4cli.model.config import Gemma4Config
 from gemma4cli.progress import SILENT, Progress, Task
-from gemma4cli.quant.checkpoint import SHARD_BYTES, CheckpointPlan, write_checkpoint
+from gemma4cli.quant.checkpoint import CheckpointPlan, write_checkpoint
 from gemma4cli.quant.gguf.blocks import FLOAT_TYPES, FORMATS, REQUANTIZED_TYPES, SUPPORTED_TYPES
 from gemma4cli.quant.gguf.convert_tensor import (
     REQUANTIZED_AS,
@@ -51,6 +51,8 @@ from gemma4cli.quant.manifest import (
 )
 from gemma4cli.quant.shards import stored_bytes
 
+# Smaller than when quantizing: there is less time per byte in which to hash a shard while the next one is written.
+SHARD_BYTES = 2_000_000_000
 _LIBRARIES_BYTES = 450 << 20
 _MAX_THREADS = 8
 
@@ -208,7 +210,7 @@ class _Producer:
             following = self._names[position]
             self._next[following] = self._ahead.submit(self._convert, following)
         tensor, record = future.result()
-        task.advance(stored_bytes(name, tensor), name)
+        task.advance(stored_bytes(name, self._plan.checkpoint.layout[name]), name)
         return tensor, record
 
     def _convert(self, name: str) -> tuple[Tensor, TensorRecord]:

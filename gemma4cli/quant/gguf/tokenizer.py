@@ -8,7 +8,6 @@ for `tokenizer.ggml.model = "gemma4"`. The pipeline here is the one of Gemma's o
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +138,7 @@ def tokenizer_config(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def tokenizer_json(vocabulary: Vocabulary) -> bytes:
     """Return the contents of `tokenizer.json`."""
-    return (json.dumps(json.loads(build_tokenizer(vocabulary).to_str()), indent=1, ensure_ascii=False) + "\n").encode()
+    return (build_tokenizer(vocabulary).to_str(pretty=True) + "\n").encode()
 
 
 def _merges(keys: _Keys, ids: dict[str, int]) -> tuple[list[tuple[str, str]], int]:
