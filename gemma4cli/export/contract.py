@@ -25,7 +25,7 @@ MIN_PREFILL_TOKENS = 2
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output: dtype "i64" or "f32"; a dimension is a number, "T" (tokens of the call) or "V" (vocabulary)."""
+    """An input or output: dtype "i64" or "f32"; a dimension is a number, "T" (tokens of a call) or "V" (vocabulary)."""
 
     name: str
     dtype: str

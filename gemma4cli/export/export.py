@@ -116,12 +116,18 @@ class ExportPlan:
         return self.total_bytes <= self.free_disk_bytes and self.peak_memory_bytes <= self.available_memory_bytes
 
 
-def plan_export(spec: ExportSpec, progress: Progress = SILENT) -> ExportPlan:
-    """Check a request and say what it will take; reads headers and small files only.
+def plan_export(spec: ExportSpec, reader: Checkpoint | None = None, progress: Progress = SILENT) -> ExportPlan:
+    """Check a request and say what it will take; reads headers, scales and small files only.
 
+    reader: the checkpoint, when it is not what lies in `spec.checkpoint` but what will be made of it.
     Raises: G4Error when the backend, the context, the chunk or the checkpoint does not allow it.
     """
-    backend, request = _prepare(spec, progress)
+    backend = find_backend(spec.backend)
+    request = _request(spec, reader or open_checkpoint(spec.checkpoint, progress))
+    return _plan(spec, request, backend)
+
+
+def _plan(spec: ExportSpec, request: ExportRequest, backend: Backend) -> ExportPlan:
     plan = backend.plan(request)
     assets = {path.name: path.stat().st_size for path in find_assets(spec.checkpoint)}
     existing = next(folder for folder in spec.target.absolute().parents if folder.exists())
@@ -143,9 +149,10 @@ def export_bundle(spec: ExportSpec, progress: Progress = SILENT) -> BundleManife
     require_absent(spec.target, spec.force)
     if spec.target.resolve() in (spec.checkpoint.resolve(), *spec.checkpoint.resolve().parents):
         raise G4Error(f"{spec.target} would replace the model that is being exported.", hint="Choose another --output.")
-    backend, request = _prepare(spec, progress)
+    backend = find_backend(spec.backend)
+    request = _request(spec, open_checkpoint(spec.checkpoint, progress))
     assets = find_assets(spec.checkpoint)
-    plan = plan_export(spec)
+    plan = _plan(spec, request, backend)
     require_free_space(spec.target.absolute().parent, plan.total_bytes, f"Exporting {spec.checkpoint.name}")
     model = _describe_model(request.reader, spec.checkpoint, progress)
     with atomic_directory(spec.target, force=spec.force) as folder:
@@ -169,14 +176,13 @@ def export_bundle(spec: ExportSpec, progress: Progress = SILENT) -> BundleManife
         )
 
 
-def _prepare(spec: ExportSpec, progress: Progress) -> tuple[Backend, ExportRequest]:
-    backend = _find_backend(spec.backend)
-    reader = open_checkpoint(spec.checkpoint, progress)
+def _request(spec: ExportSpec, reader: Checkpoint) -> ExportRequest:
     contract = make_contract(reader.config, GenerationDefaults.from_dir(spec.checkpoint), spec)
-    return backend, ExportRequest(reader, contract, spec.low_memory)
+    return ExportRequest(reader, contract, spec.low_memory)
 
 
-def _find_backend(name: str) -> Backend:
+def find_backend(name: str) -> Backend:
+    """Import a backend by its name; an unknown one is wrong usage."""
     if name not in _BACKENDS:
         raise G4Error(
             f"This g4 cannot export for the backend {name!r}.", hint=f"Available: {', '.join(_BACKENDS)}.", exit_code=2

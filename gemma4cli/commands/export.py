@@ -1,0 +1,199 @@
+"""`g4 export`: make a bundle that ExecuTorch runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemma4cli.commands.options import (
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    OutputOption,
+    QuietOption,
+    parse_count,
+)
+from gemma4cli.console import Console, open_console
+from gemma4cli.errors import G4Error
+from gemma4cli.files import format_bytes, require_absent
+from gemma4cli.quant.recipe import BUILT_IN, Recipe, load_recipe
+from gemma4cli.workspace import Workspace
+
+if TYPE_CHECKING:
+    from gemma4cli.export.bundle import BundleManifest
+    from gemma4cli.export.export import ExportPlan, ExportSpec
+    from gemma4cli.quant.quantize import QuantizationPlan
+
+EXAMPLES = (
+    ("Export the last model pulled or quantized for the CPU", "g4 export"),
+    ("A longer context; see first what it will take", "g4 export --ctx 32k --dry-run"),
+    ("A checkpoint by name, in 8 GB of memory", "g4 export gemma-4-31B-it-default --low-memory"),
+    ("A model that was not quantized, in full precision", "g4 export demo --recipe none -o demo-float32"),
+)
+
+_NO_RECIPE = "none"
+_WORST = 5
+
+
+def export(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint, a plain model or a GGUF file.",
+            show_default="the last one pulled or quantized",
+        ),
+    ] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="What will run it: cpu.")] = "cpu",
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            "--ctx",
+            metavar="TOKENS",
+            parser=parse_count,
+            help="Context length in tokens, e.g. 4096 or 128k.",
+            show_default="4k, or the model's maximum if that is less",
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            "--chunk", metavar="TOKENS", parser=parse_count, help="Most prompt tokens per step.", show_default="256"
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE|none",
+            help=f"How to quantize a model that is not ({', '.join(BUILT_IN)}, a TOML file), or none to keep it.",
+            show_default="default",
+        ),
+    ] = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Keep converted weights on disk while exporting; slower.")
+    ] = False,
+    output: OutputOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Export a model to a bundle: program, weights, tokenizer and manifest in one folder."""
+    console = open_console(json=json, quiet=quiet)
+    workspace = Workspace.from_environment()
+    wanted = None if recipe == _NO_RECIPE else load_recipe(recipe or BUILT_IN[0])
+    source = workspace.resolve_source(model, console.note)
+
+    from gemma4cli.export.export import ExportSpec, export_bundle, find_backend, plan_export
+    from gemma4cli.export.sources import ensure_converted, ensure_quantized, plan_quantization, planned
+    from gemma4cli.quant.checkpoint import open_checkpoint
+
+    find_backend(backend)
+    checkpoints = workspace.folder("checkpoint")
+    if source.is_file():
+        if dry_run:
+            raise G4Error(f"{source} is a GGUF file.", hint=f"See first: g4 convert-gguf {source} --dry-run")
+        source = ensure_converted(source, checkpoints, console.progress())
+    is_quantized = open_checkpoint(source, console.progress()).is_quantized
+    if is_quantized and recipe is not None:
+        raise G4Error(f"{source} is quantized already.", hint="Leave --recipe away, or name the original model.")
+    first = None if is_quantized or wanted is None else wanted
+
+    spec = ExportSpec(source, output or Path(), backend, ctx, chunk, low_memory, force)
+    if dry_run:
+        quantization = plan_quantization(source, first) if first else None
+        plan = plan_export(_placed(spec, source, first, workspace), planned(quantization) if quantization else None)
+        return _dry_run(console, _placed(spec, source, first, workspace), plan, quantization)
+    require_absent(_placed(spec, source, first, workspace).target, force)
+    plan_export(spec)  # refuses what cannot work before hours of quantizing
+    checkpoint = ensure_quantized(source, first, checkpoints, console.progress()) if first else source
+    spec = _placed(spec, checkpoint, None, workspace)
+    spec.target.parent.mkdir(parents=True, exist_ok=True)
+    manifest = export_bundle(spec, console.progress())
+    workspace.remember("bundle", spec.target)
+    _report(console, manifest, spec.target)
+    console.next("g4 run --prompt 'What is the capital of France?'")
+    return None
+
+
+def _placed(spec: ExportSpec, checkpoint: Path, recipe: Recipe | None, workspace: Workspace) -> ExportSpec:
+    """Fill in the checkpoint, and the target unless it was given: NAME[-RECIPE]-BACKEND[-CTX] in the workspace."""
+    from dataclasses import replace
+
+    from gemma4cli.export.sources import model_name
+
+    if spec.target != Path():
+        return replace(spec, checkpoint=checkpoint)
+    parts = [model_name(checkpoint), recipe.name if recipe else "", spec.backend, _short(spec.context_length)]
+    return replace(spec, checkpoint=checkpoint, target=workspace.folder("bundle") / "-".join(filter(None, parts)))
+
+
+def _short(tokens: int | None) -> str:
+    if tokens is None:
+        return ""
+    return f"{tokens >> 10}k" if tokens % 1024 == 0 else str(tokens)
+
+
+def _dry_run(console: Console, spec: ExportSpec, plan: ExportPlan, first: QuantizationPlan | None) -> None:
+    peak = max(plan.peak_memory_bytes, first.peak_bytes if first else 0)
+    checkpoint_bytes = sum(first.checkpoint.files.values()) if first else 0
+    fits = plan.total_bytes + checkpoint_bytes <= plan.free_disk_bytes and peak <= plan.available_memory_bytes
+    document: dict[str, Any] = {
+        "output": str(spec.target),
+        "exists": spec.target.exists(),
+        "backend": spec.backend,
+        "context_length": plan.contract.context_length,
+        "prefill_chunk": plan.contract.prefill_chunk,
+        "files": plan.files,
+        "total_bytes": plan.total_bytes,
+        "quantized_first_bytes": checkpoint_bytes,
+        "free_disk_bytes": plan.free_disk_bytes,
+        "peak_memory_bytes": peak,
+        "available_memory_bytes": plan.available_memory_bytes,
+        "run_memory_bytes": plan.memory.total_bytes,
+        "fits": fits,
+    }
+    verdict = "fits" if fits else "does not fit"
+
+    def render() -> None:
+        console.table(("file", "size"), [(name, format_bytes(size)) for name, size in plan.files.items()], align="lr")
+        console.line(f"{spec.target}: {format_bytes(plan.total_bytes)}")
+        if first:
+            console.line(f"quantized first, with the recipe {first.recipe.name}: {format_bytes(checkpoint_bytes)}")
+        console.line(f"disk: {format_bytes(plan.free_disk_bytes)} free")
+        console.line(f"memory: up to {format_bytes(peak)} of {format_bytes(plan.available_memory_bytes)} available")
+        console.line(f"memory to run it: {format_bytes(plan.memory.total_bytes)}")
+        console.line(verdict)
+
+    console.result(document, render, essence=verdict)
+    if spec.target.exists():
+        console.warn(f"{spec.target} already exists; writing it will need --force.")
+
+
+def _report(console: Console, manifest: BundleManifest, target: Path) -> None:
+    from gemma4cli.export.bundle import describe
+
+    worst = sorted(manifest.reencoded, key=lambda name: -manifest.reencoded[name].relative_error)[:_WORST]
+    document = {
+        "bundle": str(target),
+        "backend": manifest.backend,
+        "targets": list(manifest.targets),
+        "context_length": manifest.contract.context_length,
+        "prefill_chunk": manifest.contract.prefill_chunk,
+        "total_bytes": sum(record.bytes for record in manifest.files.values()),
+        "run_memory_bytes": manifest.memory.total_bytes,
+        "reencoded": len(manifest.reencoded),
+        "worst": [{"name": name, **vars(manifest.reencoded[name])} for name in worst],
+    }
+
+    def render() -> None:
+        console.line(str(target))
+        console.table(("", ""), describe(manifest))
+        if worst:
+            console.line(f"{len(worst)} of {len(manifest.reencoded)} matrices that had to change, relative errors:")
+            rows = [(r["name"], r["stored"], r["becomes"], f"{r['relative_error']:.4f}") for r in document["worst"]]
+            console.table(("tensor", "was", "is", "error"), rows, align="lllr")
+
+    console.result(document, render, essence=str(target))
