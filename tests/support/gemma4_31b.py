@@ -1,4 +1,4 @@
-"""The config.json of gemma-4-31B-it, every key as published (both public copies agree; docs: transformers 5.23 names)."""
+"""The config.json of gemma-4-31B-it, from two public copies that agree; the parameter count confirms the sizes."""
 
 from __future__ import annotations
 
