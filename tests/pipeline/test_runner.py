@@ -106,6 +106,18 @@ def test_a_prefix_is_reused_as_far_back_as_the_ring_allows_and_no_further(
     assert list(result.tokens) == reference_tokens(second, 20)
 
 
+def test_a_second_rewind_counts_from_the_furthest_position_ever_written(engine: RunnerEngine) -> None:
+    """Sixty positions were written, the first rewind kept 54; the ring has lost what a second one to 52 would need."""
+    first = random_tokens(7, 60)
+    answer(engine, first, 1, session="twice")
+    second = (*first[:54], (first[54] + 1) % VOCAB)
+    assert answer(engine, second, 1, session="twice").stats.reused_tokens == 54
+    third = (*second[:52], (second[52] + 1) % VOCAB)
+    result = answer(engine, third, 20, session="twice")
+    assert result.stats.reused_tokens == 0
+    assert list(result.tokens) == reference_tokens(third, 20)
+
+
 def test_before_the_ring_wraps_any_prefix_is_reused(engine: RunnerEngine) -> None:
     first = random_tokens(9, RING_SLOTS)
     answer(engine, first, 1, session="unwrapped")
