@@ -72,7 +72,10 @@ def open_checkpoint(path: Path, progress: Progress = SILENT, *, verify: bool = F
             raise G4Error(f"{path} is a GGUF file.", hint=f"Convert it first: g4 convert-gguf {path}")
         raise G4Error(f"{path} is a file; a checkpoint is a folder.", hint=f"Try {path.parent}.")
     if (path / MANIFEST_FILE).exists():
-        return QuantizedCheckpoint(path, progress, verify=verify)
+        checkpoint = QuantizedCheckpoint(path, progress, verify=verify)
+        if any(record.group_size for record in checkpoint.manifest.tensors.values()):
+            return checkpoint
+        # Converted from a GGUF file of floats: as good a source for quantizing as any plain folder.
     return PlainCheckpoint(path, progress)
 
 

@@ -275,6 +275,14 @@ def test_truncated_files_are_refused_by_the_command(g4: RunG4, tiny: Path, tmp_p
         assert "Traceback" not in outcome.err
 
 
+def test_floats_can_be_quantized_afterwards(g4: RunG4, tiny: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "m.gguf", describe(tiny, GGML.BF16))
+    convert_gguf([file], tmp_path / "floats")
+    assert not open_checkpoint(tmp_path / "floats").is_quantized
+    assert g4("quantize", tmp_path / "floats", "-o", tmp_path / "out").code == 0
+    assert open_checkpoint(tmp_path / "out").is_quantized
+
+
 def test_weights_are_the_files_bits(tiny: Path, tmp_path: Path) -> None:
     model = describe(tiny, GGML.F16)
     convert_gguf([write(tmp_path / "m.gguf", model)], tmp_path / "out")
