@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gemma4cli.cli import main
+from gemma4cli.workspace import Workspace
 from tests.support.chat_fixture import make_chat_folder
 
 
@@ -41,6 +46,34 @@ def g4(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with the demo model pulled, quantized and exported; made once for all test processes."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    home = shared / "demo-home"
+    with open(shared / "demo-home.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / "bundles").is_dir():
+            for command in (["pull", "demo"], ["quantize"], ["export"]):
+                subprocess.run(
+                    [sys.executable, "-m", "gemma4cli", *command],
+                    env={**os.environ, "G4_HOME": str(home)},
+                    capture_output=True,
+                    check=True,
+                )
+    return home
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_home: Path) -> Path:
+    """The exported demo model. Read only: tests that damage a bundle copy it first."""
+    last = Workspace(demo_home).last("bundle")
+    assert last is not None
+    return last.path
 
 
 @pytest.fixture

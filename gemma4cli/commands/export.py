@@ -80,7 +80,10 @@ def export(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Export a model to a bundle: program, weights, tokenizer and manifest in one folder."""
+    """Make a bundle that ExecuTorch runs.
+
+    One folder with program, weights, tokenizer, chat template and manifest.
+    """
     console = open_console(json=json, quiet=quiet)
     workspace = Workspace.from_environment()
     wanted = None if recipe == _NO_RECIPE else load_recipe(recipe or BUILT_IN[0])

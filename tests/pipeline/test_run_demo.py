@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,43 +22,58 @@ from tests.support.chat_fixture import DEMO
 
 RunG4 = Callable[..., Outcome]
 FRANCE = "What is the capital of France?"
-PROGRAM = [sys.executable, "-m", "gemma4cli", "run", "--model", str(DEMO), "--ctx", "512"]
+Ask = Callable[..., Outcome]
+Document = Callable[..., dict[str, Any]]
+PROGRAM = [sys.executable, "-m", "gemma4cli"]
 
 
-def ask(g4: RunG4, *arguments: str) -> Outcome:
-    return g4("run", "--model", DEMO, "--ctx", "512", *arguments)
+@pytest.fixture(params=["runner", "eager"])
+def run_demo(request: pytest.FixtureRequest) -> list[str]:
+    """The beginning of a command line that runs the demo model: its bundle in C++, and its checkpoint in PyTorch."""
+    if request.param == "eager":
+        return ["run", "--model", str(DEMO), "--ctx", "512"]
+    return ["run", str(request.getfixturevalue("demo_bundle"))]
 
 
-def document(g4: RunG4, *arguments: str) -> dict:
-    outcome = ask(g4, *arguments, "--json")
-    assert outcome.code == 0, outcome.err
-    return json.loads(outcome.out)
+@pytest.fixture
+def ask(g4: RunG4, run_demo: list[str]) -> Ask:
+    return lambda *arguments: g4(*run_demo, *arguments)
 
 
-def test_the_capital_of_france(g4: RunG4) -> None:
-    outcome = ask(g4, "--prompt", FRANCE, "--temperature", "0")
+@pytest.fixture
+def document(ask: Ask) -> Document:
+    def run(*arguments: str) -> dict[str, Any]:
+        outcome = ask(*arguments, "--json")
+        assert outcome.code == 0, outcome.err
+        return json.loads(outcome.out)
+
+    return run
+
+
+def test_the_capital_of_france(ask: Ask) -> None:
+    outcome = ask("--prompt", FRANCE, "--temperature", "0")
     assert (outcome.code, outcome.out) == (0, "Paris\n"), outcome.err
 
 
-def test_the_document_repeats_the_answer_by_its_seed(g4: RunG4) -> None:
+def test_the_document_repeats_the_answer_by_its_seed(document: Document) -> None:
     prompt = ["--prompt", "Tell me something.", "--temperature", "3", "--top-k", "0", "--max-new-tokens", "12"]
-    first = document(g4, *prompt)
-    second = document(g4, *prompt, "--seed", str(first["sampling"]["seed"]))
-    other = document(g4, *prompt, "--seed", str(first["sampling"]["seed"] + 1))
+    first = document(*prompt)
+    second = document(*prompt, "--seed", str(first["sampling"]["seed"]))
+    other = document(*prompt, "--seed", str(first["sampling"]["seed"] + 1))
     assert first["token_ids"] == second["token_ids"] != other["token_ids"]
     assert first["sampling"]["top_p"] == json.loads((DEMO / "generation_config.json").read_text())["top_p"]
 
 
-def test_a_cut_answer_has_its_reason(g4: RunG4) -> None:
-    done = document(g4, "--prompt", FRANCE, "--temperature", "0", "--max-new-tokens", "1")
+def test_a_cut_answer_has_its_reason(document: Document) -> None:
+    done = document("--prompt", FRANCE, "--temperature", "0", "--max-new-tokens", "1")
     assert done["finish_reason"] == "length"
     assert len(done["token_ids"]) == 1
 
 
-def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(g4: RunG4) -> None:
-    outcome = g4("run", "--model", DEMO, "--ctx", "16", "--prompt", FRANCE)
+def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(ask: Ask) -> None:
+    outcome = ask("--prompt", FRANCE * 900)
     assert outcome.code == 1
-    assert re.search(r"has \d+ tokens, but the context holds 16 including the answer", outcome.err)
+    assert re.search(r"has \d{4,} tokens, but the context holds (512|4096) including the answer", outcome.err)
     assert outcome.out == ""
 
 
@@ -68,25 +84,25 @@ def test_a_context_the_model_does_not_have_is_refused(g4: RunG4) -> None:
     assert "Traceback" not in outcome.err
 
 
-def test_raw_text_is_continued_as_it_is(g4: RunG4) -> None:
+def test_raw_text_is_continued_as_it_is(document: Document) -> None:
     turn = f"<|turn>user\n{FRANCE}<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
-    raw = document(g4, "--raw", "--prompt", turn, "--temperature", "0")
-    chat = document(g4, "--prompt", FRANCE, "--temperature", "0")
+    raw = document("--raw", "--prompt", turn, "--temperature", "0")
+    chat = document("--prompt", FRANCE, "--temperature", "0")
     assert raw["token_ids"] == chat["token_ids"]
     assert raw["prompt_tokens"] == chat["prompt_tokens"]
 
 
-def test_thinking_is_given_apart(g4: RunG4) -> None:
-    done = document(g4, "--prompt", FRANCE, "--think", "--temperature", "0", "--max-new-tokens", "64")
+def test_thinking_is_given_apart(document: Document) -> None:
+    done = document("--prompt", FRANCE, "--think", "--temperature", "0", "--max-new-tokens", "64")
     assert done["thinking"]
     assert "thought" not in done["text"]
 
 
-def test_a_pipe_in_and_a_reader_that_leaves() -> None:
+def test_a_pipe_in_and_a_reader_that_leaves(run_demo: list[str]) -> None:
     """The reader takes one byte and goes: no traceback, not even at the interpreter's end."""
     read_end, write_end = os.pipe()
     process = subprocess.Popen(
-        [*PROGRAM, "--temperature", "3", "--top-k", "0", "--seed", "1", "--max-new-tokens", "200"],
+        [*PROGRAM, *run_demo, "--temperature", "3", "--top-k", "0", "--seed", "1", "--max-new-tokens", "200"],
         stdin=subprocess.PIPE,
         stdout=write_end,
         stderr=subprocess.PIPE,
@@ -104,7 +120,7 @@ def test_a_pipe_in_and_a_reader_that_leaves() -> None:
 
 
 def test_bytes_on_stdin_that_are_not_utf_8() -> None:
-    done = subprocess.run(PROGRAM, input=b"caf\xe9", capture_output=True, check=False)
+    done = subprocess.run([*PROGRAM, "run"], input=b"caf\xe9", capture_output=True, check=False)
     assert done.returncode == 1
     assert done.stdout == b""
     assert b"error: The text on stdin is not UTF-8: byte 3 is 0xe9." in done.stderr
@@ -136,12 +152,21 @@ class Terminal:
         seen, self.text = self.text[: match.end()], self.text[match.end() :]
         return seen
 
-    def exit_code(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def exit_code(self, timeout_s: float = 60) -> int:
+        """Wait for the chat to end; a prompt must have been there before the key that ends it was typed."""
+        for _ in range(int(timeout_s * 20)):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        raise AssertionError("the chat did not end")
+
+
+OpenTerminal = Callable[[list[str]], Terminal]
 
 
 @pytest.fixture
-def terminal() -> Callable[[list[str]], Terminal]:
+def terminal() -> Iterator[OpenTerminal]:
     opened: list[Terminal] = []
 
     def open_terminal(command: list[str]) -> Terminal:
@@ -153,42 +178,55 @@ def terminal() -> Callable[[list[str]], Terminal]:
         os.close(one.descriptor)
 
 
-def test_a_chat_in_a_terminal(terminal: Callable[[list[str]], Terminal], workspace_root: Path) -> None:
-    chat = terminal([*PROGRAM, "--temperature", "0"])
-    chat.wait_for(r"\[ctx 0/512\] > ")
+def test_a_chat_in_a_terminal(terminal: OpenTerminal, run_demo: list[str], workspace_root: Path) -> None:
+    chat = terminal([*PROGRAM, *run_demo, "--temperature", "0"])
+    chat.wait_for(r"\[ctx 0/\d+\] > ")
     chat.type(f"{FRANCE}\r")
-    assert "Paris\r\n" in chat.wait_for(r"\[ctx \d+/512\] > ")
+    assert "Paris\r\n" in chat.wait_for(r"\[ctx \d+/\d+\] > ")
     chat.type("\x03")
-    chat.wait_for(r"Ctrl-D or /exit leaves")
+    assert "Ctrl-D or /exit leaves" in chat.wait_for(r"\[ctx \d+/\d+\] > ")
     chat.type("/stats\r")
-    chat.wait_for(r"tok/s")
+    assert "tok/s" in chat.wait_for(r"\[ctx \d+/\d+\] > ")
     chat.type("\x04")
     assert chat.exit_code() == 0
     assert FRANCE in (workspace_root / "history").read_text()
 
 
-def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_chat(terminal: Callable[[list[str]], Terminal]) -> None:
+def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_chat(terminal: OpenTerminal, run_demo: list[str]) -> None:
     """The key itself, so that the signal goes to the whole foreground process group."""
-    chat = terminal([*PROGRAM, "--temperature", "5", "--top-k", "0", "--top-p", "1", "--seed", "3"])
-    chat.wait_for(r"\[ctx 0/512\] > ")
+    chat = terminal([*PROGRAM, *run_demo, "--temperature", "5", "--top-k", "0", "--top-p", "1", "--seed", "3"])
+    chat.wait_for(r"\[ctx 0/\d+\] > ")
     chat.type("Talk.\r")
     chat.wait_for(r"Talk\.\r\n.")
     chat.type("\x03")
     chat.wait_for(r"\(stopped\)")
-    chat.wait_for(r"\[ctx \d+/512\] > ")
+    chat.wait_for(r"\[ctx \d+/\d+\] > ")
     chat.type("/exit\r")
     assert chat.exit_code() == 0
 
 
-def test_ctrl_c_once_answering_exits_with_130() -> None:
+def test_ctrl_c_once_answering_exits_with_130(run_demo: list[str]) -> None:
     process = subprocess.Popen(
-        [*PROGRAM, "--prompt", "Talk.", "--temperature", "5", "--top-k", "0", "--top-p", "1", "--seed", "3", "--json"],
+        [
+            *PROGRAM,
+            *run_demo,
+            "--prompt",
+            "Talk.",
+            "--temperature",
+            "5",
+            "--top-k",
+            "0",
+            "--top-p",
+            "1",
+            "--seed",
+            "3",
+            "--json",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
     )
-    time.sleep(0.2)
-    wait_for_torch(process.pid)
+    wait_until_loading(process.pid)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -196,10 +234,12 @@ def test_ctrl_c_once_answering_exits_with_130() -> None:
     assert b"Traceback" not in err
 
 
-def wait_for_torch(pid: int) -> None:
-    """Wait until a process has mapped torch's library: it is loading the model, or answering."""
+def wait_until_loading(pid: int) -> None:
+    """Wait until a process has started the runner, or mapped torch: it is loading the model, or answering."""
     for _ in range(1200):
-        if "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text():
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        names = [Path(f"/proc/{child}/comm").read_text().strip() for child in children]
+        if "g4-runner" in names or "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text():
             return
         time.sleep(0.05)
-    raise AssertionError("the process never loaded torch")
+    raise AssertionError("the process loaded nothing")
