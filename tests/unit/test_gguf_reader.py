@@ -15,7 +15,7 @@ from gguf.constants import GGMLQuantizationType as GGML
 
 from gemma4cli.errors import G4Error
 from gemma4cli.quant.gguf.convert import plan_conversion
-from gemma4cli.quant.gguf.reader import GGUFFile, is_gguf, open_gguf
+from gemma4cli.quant.gguf.reader import GGUFFile, open_gguf
 from tests.support.gguf_writer import describe, key, pack, string, tensor, write, write_split
 from tests.support.tiny import write_checkpoint
 
@@ -82,13 +82,6 @@ def test_alignment_is_the_files_own(tmp_path: Path) -> None:
     align = key("general.alignment", U32, u32(256))
     path.write_bytes(pack([align], [tensor("t", [4], 0, 0)], data, alignment=256))
     assert GGUFFile(path).tensors["t"].blocks().view("<f4").ravel().tolist() == [0, 1, 2, 3]
-
-
-def test_is_gguf(file: Path, folder: Path, tmp_path: Path) -> None:
-    assert is_gguf(file)
-    assert not is_gguf(folder / "config.json")
-    assert not is_gguf(tmp_path)
-    assert not is_gguf(tmp_path / "absent")
 
 
 F32_16 = tensor("t", [16], 0, 0)

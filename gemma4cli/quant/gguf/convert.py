@@ -55,6 +55,7 @@ from gemma4cli.quant.shards import stored_bytes
 SHARD_BYTES = 2_000_000_000
 _LIBRARIES_BYTES = 450 << 20
 _MAX_THREADS = 8
+_FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -238,9 +239,6 @@ def _record(source: GGUFTensor, stored: int, error: float) -> TensorRecord:
         float(f"{error:.6g}"),
         round(-20 * math.log10(error), 3) if error else None,
     )
-
-
-_FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _check_types(gguf: GGUF) -> None:

@@ -103,11 +103,6 @@ class GGUF:
     tensors: dict[str, GGUFTensor]
 
     @property
-    def nbytes(self) -> int:
-        """Size of the files on disk."""
-        return sum(path.stat().st_size for path in self.paths)
-
-    @property
     def fingerprint(self) -> str:
         """SHA-256 of every file's size, metadata and tensor list and of the first bytes of every tensor.
 
@@ -127,14 +122,6 @@ class GGUF:
                 tensor.mapping.close()
             except BufferError:
                 continue
-
-
-def is_gguf(path: Path) -> bool:
-    """True when `path` is a file that starts as GGUF files do."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 def open_gguf(paths: list[Path]) -> GGUF:
