@@ -8,7 +8,7 @@ g4="${G4:-.venv/bin/g4}"
 page=docs/repl-session.md
 session="g4-record-$$"
 
-tmux new-session -d -s "$session" -x 88 -y 100 "env PS1='$ ' HISTFILE= bash --norc --noprofile"
+tmux new-session -d -s "$session" -x 80 -y 100 "env PS1='$ ' HISTFILE= bash --norc --noprofile"
 trap 'tmux kill-session -t "$session" 2>/dev/null || true' EXIT
 
 screen() { tmux capture-pane -p -t "$session"; }
@@ -37,8 +37,10 @@ while IFS= read -r line; do
   wait_for "$turn"
 done <<'LINES'
 What is the capital of France?
-My cat is called Tom.
-What is my cat called?
+My name is Anna.
+I left my keys in the kitchen.
+Where are my keys?
+What is my name?
 /think on
 What is 17 + 25?
 /stats

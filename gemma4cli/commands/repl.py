@@ -87,7 +87,10 @@ class Repl:
         while True:
             try:
                 self._turn()
-            except (_Leave, EOFError):
+            except EOFError:
+                self._console.note("")  # Ctrl-D leaves the cursor behind the prompt
+                return 0
+            except _Leave:
                 return 0
             except KeyboardInterrupt:
                 self._console.note("\n(Ctrl-D or /exit leaves)")

@@ -11,6 +11,7 @@ from gemma4cli.console import Console, format_duration
 from gemma4cli.engine.answer import Answer, Answering
 from gemma4cli.files import format_bytes
 from gemma4cli.model.chat import Piece
+from gemma4cli.model.settings import SamplingSettings
 
 CONTEXT_WARNINGS = (0.95, 0.80)
 
@@ -93,23 +94,22 @@ def describe_stats(answer: Answer) -> list[str]:
     if stats.reused_tokens:
         prompt += f" ({stats.reused_tokens} reused)"
     prompt += _rate(stats.prefill_tok_s)
-    timings = [prompt, f"answer {len(answer.token_ids)} tokens{_rate(stats.decode_tok_s)}"]
+    speeds = [prompt, f"answer {len(answer.token_ids)} tokens{_rate(stats.decode_tok_s)}"]
+    times = [f"loaded in {format_duration(stats.load_s)}"]
     if stats.ttft_s is not None:
-        timings.append(f"first token after {format_duration(stats.ttft_s)}")
-    timings.append(f"loaded in {format_duration(stats.load_s)}")
-    state = [f"context {answer.context_used}/{answer.context_length}", f"ended by {_end(answer)}"]
+        times.insert(0, f"first token after {format_duration(stats.ttft_s)}")
     if stats.peak_host_bytes is not None:
-        state.append(f"peak memory {format_bytes(stats.peak_host_bytes)}")
+        times.append(f"peak memory {format_bytes(stats.peak_host_bytes)}")
     if stats.peak_device_bytes is not None:
-        state.append(f"peak GPU memory {format_bytes(stats.peak_device_bytes)}")
-    s = answer.sampling
+        times.append(f"peak GPU memory {format_bytes(stats.peak_device_bytes)}")
+    state = [f"context {answer.context_used}/{answer.context_length}", f"ended by {_end(answer)}"]
+    return [" · ".join(speeds), " · ".join(times), " · ".join(state), _settings(answer.sampling)]
+
+
+def _settings(s: SamplingSettings) -> str:
     if s.temperature == 0:
-        sampling = "greedy"
-    else:
-        sampling = (
-            f"temperature {s.temperature:g}, top-k {s.top_k}, top-p {s.top_p:g}, min-p {s.min_p:g}, seed {s.seed}"
-        )
-    return [" · ".join(timings), " · ".join([*state, sampling])]
+        return "greedy"
+    return f"temperature {s.temperature:g}, top-k {s.top_k}, top-p {s.top_p:g}, min-p {s.min_p:g}, seed {s.seed}"
 
 
 def _rate(tokens_per_second: float | None) -> str:
