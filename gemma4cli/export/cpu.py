@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma4cli.export import cpu_ops
-from gemma4cli.export.cpu_linear import Change, CpuLinear, Stored, prepare_linear
+from gemma4cli.export.cpu_linear import Change, CpuLinear, Stored, constant, prepare_linear
 from gemma4cli.kernels.cpu_attention import attention
 from gemma4cli.model.config import Gemma4Config, LayerConfig
 from gemma4cli.model.kv_cache import CacheSpec, KVCache
@@ -52,7 +52,7 @@ class CpuNorm(nn.Module):
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.weight = constant(weight)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,15 +68,15 @@ class CpuEmbedding(nn.Module):
     def __init__(self, table: Tensor, config: Gemma4Config) -> None:
         super().__init__()
         factor = torch.tensor(config.hidden_size**0.5, dtype=table.dtype if table.dtype.is_floating_point else None)
-        self.register_buffer("factor", factor.float())
+        self.factor = constant(factor.float())
         self.is_quantized = is_quantized(table)
         if self.is_quantized:
             stored = Stored.of(table)
-            self.register_buffer("codes", stored.codes().to(torch.int8))
-            self.register_buffer("scale", stored.scale)
-            self.register_buffer("zero_point", stored.zero_point if bool(stored.zero_point.any()) else None)
+            self.codes = constant(stored.codes().to(torch.int8))
+            self.scale = constant(stored.scale)
+            self.zero_point = constant(stored.zero_point if stored.may_have_offset(0) else None)
         else:
-            self.register_buffer("table", table.to(torch.float32))
+            self.table = constant(table.to(torch.float32))
 
     def forward(self, tokens: Tensor) -> Tensor:
         if not self.is_quantized:
@@ -133,7 +133,7 @@ class CpuLayer(nn.Module):
         self.post_attention_layernorm = norm("post_attention_layernorm")
         self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm")
         self.post_feedforward_layernorm = norm("post_feedforward_layernorm")
-        self.register_buffer("layer_scalar", weights.plain(f"{prefix}.layer_scalar"))
+        self.layer_scalar = constant(weights.plain(f"{prefix}.layer_scalar"))
 
     def forward(self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), input_pos, cos, sin))

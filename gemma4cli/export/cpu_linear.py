@@ -40,6 +40,11 @@ class Change:
     relative_error: float
 
 
+def constant(tensor: Tensor | None) -> nn.Parameter | None:
+    """Make a weight of any dtype a parameter: lowering drops parameters that delegates took over, not buffers."""
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
 class CpuLinear(nn.Module):
     """``forward(x [..., K]) -> [..., N]``: the sum of one or more planes, and an offset.
 
@@ -53,9 +58,9 @@ class CpuLinear(nn.Module):
         super().__init__()
         self.planes = len(planes)
         for index, (weight, scale) in enumerate(planes):
-            self.register_buffer(f"weight{index}", weight)
-            self.register_buffer(f"scale{index}", scale)
-        self.register_buffer("offset", offset)
+            self.register_parameter(f"weight{index}", constant(weight))
+            self.register_parameter(f"scale{index}", constant(scale))
+        self.register_parameter("offset", constant(offset))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._multiply(x, 0, self.offset)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, ExecutorchProgramManager, to_edge
 from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.passes.remove_unused_parameters_pass import remove_unused_parameters_pass
 from torch.export import ExportedProgram
 
 from gemma4cli.export.bundle import PROGRAM_FILE
@@ -30,10 +31,12 @@ def lower(
     """
     weights = WeightData(_TAG, scratch)
     with quiet():
+        methods = {}
         for name, program in programs.items():
             delegate(program, 1 if name == DECODE else contract.prefill_chunk, weights)
+            methods[name] = remove_unused_parameters_pass(program)
         edge = to_edge(
-            dict(programs),
+            methods,
             constant_methods={
                 name: torch.tensor(value) if isinstance(value, list) else value
                 for name, value in contract.constant_methods().items()
