@@ -37,10 +37,10 @@ while IFS= read -r line; do
   wait_for "$turn"
 done <<'LINES'
 What is the capital of France?
-My name is Anna.
+My bag is red.
 I left my keys in the kitchen.
+What color is my bag?
 Where are my keys?
-What is my name?
 /think on
 What is 17 + 25?
 /stats
