@@ -1,4 +1,4 @@
-"""What `g4::attention` saves on the CPU: ms per step against matmul + softmax, in caches allocated for 4k and 32k tokens.
+"""What `g4::attention` saves on the CPU: ms per step against matmul + softmax, in caches of 4k and 32k slots.
 
     python bench/cpu_attention.py --out bench/results/cpu-attention.json
 

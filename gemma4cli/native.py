@@ -1,7 +1,7 @@
 """Where the compiled parts of g4 are: the runner and the kernel library.
 
 Imports the standard library only. Order: the environment variable ``G4_RUNNER``, the installed distribution (a wheel or
-an editable install), the build folder of a source tree (``build/runner``, see docs/development.md).
+an editable install), the build folder of a source tree (``build/runner``, see docs/runner-protocol.md).
 """
 
 from __future__ import annotations

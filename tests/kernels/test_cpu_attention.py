@@ -1,7 +1,6 @@
 """`g4::attention`: the reference against the formula spelled with plain loops, the C++ kernel against the reference.
 
-Exported programs cost seconds each, so one program per (heads, dtype-free) shape takes the caches as inputs and is used
-for many positions.
+Exporting costs seconds, so one program per shape takes the caches as inputs and is used for many positions.
 """
 
 from __future__ import annotations
@@ -28,14 +27,17 @@ def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, positions: list[int], win
     for h in range(heads):
         kv = h // (heads // kv_heads)
         for t, position in enumerate(positions):
-            seen = [p for p in range(position + 1) if positions[-1] - p < slots and (window == 0 or position - p < window)]
+            oldest = max(0, positions[-1] - slots + 1, position - window + 1 if window else 0)
+            seen = range(oldest, position + 1)
             scores = torch.stack([q[0, h, t].double() @ k[0, kv, p % slots].double() for p in seen])
             weights = torch.softmax(scores, 0)
             out[0, h, t] = sum(w * v[0, kv, p % slots].double() for w, p in zip(weights, seen, strict=True))
     return out
 
 
-def make_inputs(heads: int, kv_heads: int, queries: int, head_dim: int, slots: int, seed: int = 0) -> tuple[Tensor, ...]:
+def make_inputs(
+    heads: int, kv_heads: int, queries: int, head_dim: int, slots: int, seed: int = 0
+) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(1, heads, queries, head_dim, generator=generator)
     k = torch.randn(1, kv_heads, slots, head_dim, generator=generator)
@@ -100,7 +102,8 @@ def program(heads: int, kv_heads: int, head_dim: int, slots: int, window: int) -
 
 
 SHAPES = [
-    # heads, kv_heads, head_dim, slots, window: ring and flat; odd slot counts, groups 1 ... 8, head sizes off the vector
+    # heads, kv_heads, head_dim, slots, window: ring and flat; odd slot counts, groups 1 ... 8, head sizes off the
+    # vector
     (4, 2, 32, 71, 8),
     (4, 1, 64, 1100, 1024),
     (2, 2, 512, 700, 0),

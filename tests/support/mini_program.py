@@ -1,8 +1,8 @@
 """A toy bundle that obeys the method contract, for tests of the runner: a few thousand weights.
 
 One sliding and one full attention layer with real caches and `g4::attention`, a head delegated to XNNPACK, and a
-sampler whose choice depends on every sampling input, so that a swapped or forgotten one is seen. `MiniModel` is also the eager
-reference: the runner's tokens must equal `reference_tokens`.
+sampler whose choice depends on every sampling input, so that a swapped or forgotten one is seen. `MiniModel` is also
+the eager reference: the runner's tokens must equal `reference_tokens`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import io
 import os
 import re
 import subprocess
@@ -54,7 +53,7 @@ def test_the_installed_version_is_the_packages_own() -> None:
 def runtime_paths(file: Path) -> list[str]:
     with open(file, "rb") as stream:
         dynamic = ELFFile(stream).get_section_by_name(".dynamic")
-        return [tag.runpath for tag in dynamic.iter_tags("DT_RUNPATH")][0].split(":")
+        return next(dynamic.iter_tags("DT_RUNPATH")).runpath.split(":")
 
 
 def test_the_installation_holds_the_runner_and_its_library_beside_executorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,13 +81,13 @@ def test_the_source_distribution_holds_the_sources_and_data_and_no_more(tmp_path
         name = build_sdist(str(tmp_path))
     finally:
         os.chdir(before)
-    archive = tarfile.open(fileobj=io.BytesIO((tmp_path / name).read_bytes()))
-    files = {member.name.split("/", 1)[1] for member in archive.getmembers()}
+    with tarfile.open(tmp_path / name) as archive:
+        files = {member.name.split("/", 1)[1] for member in archive.getmembers()}
     for needed in ("pyproject.toml", "runner/CMakeLists.txt", "runner/ops/attention_kernel.cpp"):
         assert needed in files
-    package = ROOT / "gemma4cli"
-    data = {p.relative_to(ROOT).as_posix() for p in package.rglob("*") if p.suffix in (".toml", ".jinja", ".json", ".py")}
-    assert data <= files
+    kinds = {".toml", ".jinja", ".json", ".py", ".safetensors"}
+    package = [path for path in (ROOT / "gemma4cli").rglob("*") if path.suffix in kinds]
+    assert {path.relative_to(ROOT).as_posix() for path in package} <= files
     assert {file.split("/")[0] for file in files if "/" in file} == {"docs", "gemma4cli", "runner"}
 
 

@@ -62,7 +62,7 @@ def test_a_killed_runner_is_reported_with_its_signal(fake_runner: Install, name:
 def test_a_runner_that_hangs_while_loading_is_given_up_and_killed(fake_runner: Install) -> None:
     fake_runner("exec sleep 60")
     began = time.monotonic()
-    with pytest.raises(G4Error, match="did not finish loading bundle within 0.2 seconds"):
+    with pytest.raises(G4Error, match=r"did not finish loading bundle within 0\.2 seconds"):
         start(load_timeout_s=0.2)
     assert time.monotonic() - began < 20
 
