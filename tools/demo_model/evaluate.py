@@ -104,13 +104,18 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file that keeps all measurements")
     parser.add_argument("--questions", type=int, default=64, help="questions per task")
     parser.add_argument("--long-questions", type=int, default=24, help="questions per task of thousands of tokens")
-    parser.add_argument("--task", action="append", default=[], help="only this task (may be repeated)")
+    parser.add_argument(
+        "--task", action="append", default=[], help="only this task (may be repeated); keeps the label's others"
+    )
     parser.add_argument("--table", action="store_true", help="print the results as Markdown")
     arguments = parser.parse_args()
     results = files.read_json(arguments.results) if arguments.results.exists() else {}
     if arguments.path is not None:
         label = arguments.label or parser.error("--label names the measurement")
-        results[label] = measure(arguments.path, arguments.questions, arguments.long_questions, arguments.task)
+        measured = measure(arguments.path, arguments.questions, arguments.long_questions, arguments.task)
+        if arguments.task and label in results:
+            measured["accuracy"] = {**results[label]["accuracy"], **measured["accuracy"]}
+        results[label] = measured
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(arguments.results, results)
     if arguments.table:
