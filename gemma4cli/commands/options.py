@@ -28,7 +28,3 @@ DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Write nothing: report files, bytes, peak memory, and whether it fits.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1.")]
-ContextOption = Annotated[
-    int,
-    typer.Option("--ctx", metavar="TOKENS", parser=parse_count, help="Context length in tokens, e.g. 4096 or 128k."),
-]

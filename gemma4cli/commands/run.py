@@ -36,7 +36,7 @@ def run(
         Path | None,
         typer.Argument(
             metavar="BUNDLE",
-            help="The bundle to run; a checkpoint with --engine eager.",
+            help="The bundle to run; a GGUF file or, with --engine eager, a checkpoint.",
             show_default="the last one exported",
         ),
     ] = None,
@@ -84,7 +84,7 @@ def run(
         typer.Option(
             "--engine",
             help="runner: an exported bundle in C++. eager: a checkpoint in PyTorch.",
-            show_default="runner, or eager with --model",
+            show_default="runner; eager for a GGUF file and with --model",
         ),
     ] = None,
     device: DeviceOption = "cpu",
@@ -284,7 +284,8 @@ def _choose_engine(name: str | None, target: Path | None, model: Path | None, ea
         raise _usage("Give either BUNDLE or --model, not both.")
     if model is not None and name == "runner":
         raise _usage("--model runs a checkpoint in PyTorch; the runner takes a bundle.", "Leave --engine away.")
-    name = name or ("eager" if model is not None else "runner")
+    is_gguf = target is not None and target.suffix.lower() == ".gguf"
+    name = name or ("eager" if model is not None or is_gguf else "runner")
     if name == "runner" and (given := eager_options.given()):
         raise _usage(f"Only --engine eager takes {', '.join(given)}; a bundle's is fixed when it is exported.")
     return name

@@ -19,6 +19,7 @@ import pytest
 
 from tests.conftest import Outcome
 from tests.support.chat_fixture import DEMO
+from tests.support.gguf_writer import GGML, describe, write
 
 RunG4 = Callable[..., Outcome]
 FRANCE = "What is the capital of France?"
@@ -96,6 +97,15 @@ def test_thinking_is_given_apart(document: Document) -> None:
     done = document("--prompt", FRANCE, "--think", "--temperature", "0", "--max-new-tokens", "64")
     assert done["thinking"]
     assert "thought" not in done["text"]
+
+
+def test_a_gguf_file_is_converted_once_and_run(g4: RunG4, tmp_path: Path) -> None:
+    file = write(tmp_path / "demo.gguf", describe(DEMO, GGML.Q8_0))
+    first = g4("run", file, "--ctx", "512", "--prompt", FRANCE, "--temperature", "0")
+    again = g4("run", file, "--ctx", "512", "--prompt", FRANCE, "--temperature", "0")
+    assert first.out == again.out == "Paris\n", first.err + again.err
+    assert "Converting demo.gguf" in first.err
+    assert "Converting" not in again.err
 
 
 def test_a_pipe_in_and_a_reader_that_leaves(run_demo: list[str]) -> None:
