@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
-import importlib.util
 import os
 import sys
 import traceback
@@ -20,8 +19,8 @@ import typer
 from gemma4cli import __version__, console
 from gemma4cli.errors import G4Error
 
-# In the order people use them.
-_COMMANDS = ("pull", "quantize", "convert_gguf", "export", "run", "bench", "inspect_pte")
+# Modules of gemma4cli.commands, in the order people use them.
+COMMANDS = ("pull", "quantize", "convert_gguf", "export", "run")
 _PINNED = ("torch", "torchao", "executorch", "triton", "tokenizers", "safetensors", "gguf", "huggingface-hub")
 _EXIT_BUG = 70
 _EXIT_INTERRUPTED = 130
@@ -62,13 +61,8 @@ def g4(
 
 
 def _examples(examples: Sequence[tuple[str, str]]) -> str:
-    """Lay examples out for the end of a --help page; the \b keeps Typer from joining the lines."""
+    r"""Lay examples out for the end of a --help page; the \b keeps Typer from joining the lines."""
     return "\n\n".join(["Examples:", *(f"\b\n# {what}\n{command}" for what, command in examples)])
-
-
-def command_modules() -> list[str]:
-    """The subcommands of this version, in the order of --help."""
-    return [name for name in _COMMANDS if importlib.util.find_spec(f"gemma4cli.commands.{name}") is not None]
 
 
 def build_app(*, completion: bool = True) -> typer.Typer:
@@ -85,7 +79,7 @@ def build_app(*, completion: bool = True) -> typer.Typer:
         context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
     )
     app.callback(invoke_without_command=True, add_help_option=False)(g4)
-    for name in command_modules():
+    for name in COMMANDS:
         module = importlib.import_module(f"gemma4cli.commands.{name}")
         app.command(name.replace("_", "-"), epilog=_examples(module.EXAMPLES))(getattr(module, name))
     return app
@@ -105,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _abandon_stdout()
     except SystemExit as leaving:
         return _exit_code(leaving)
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
     except Exception as error:  # this is the one boundary; unknown errors keep their traceback
         return _report(error, arguments)
 

@@ -15,9 +15,9 @@ import pytest
 import typer
 
 from gemma4cli import __version__, cli
+from gemma4cli.cli import COMMANDS
 from tests.conftest import Outcome
 
-COMMANDS = cli.command_modules()
 HEAVY = {"torch", "transformers", "executorch", "tokenizers", "jinja2", "rich", "pydantic", "numpy", "huggingface_hub"}
 RunG4 = Callable[..., Outcome]
 
@@ -69,22 +69,31 @@ def assert_parses(arguments: list[str]) -> None:
     command.make_context(name, rest, parent=context)
 
 
+def cpu_seconds(command: list[str]) -> tuple[float, str]:
+    """Run a command; return its CPU time, which is what starting costs and grows less with load, and its stderr."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stderr
+
+
 @pytest.mark.parametrize("arguments", [[], *([name_of(module)] for module in COMMANDS)])
 def test_help_is_fast_and_imports_nothing_heavy(arguments: list[str]) -> None:
-    """Bounded in CPU time, which is what starting costs: it does not grow when other tests keep the cores busy."""
+    """Below 0.3 s. Where a busy machine makes everything slow, less than three times what importing Typer alone takes."""
     probe = (
         "import sys; from gemma4cli.cli import main; code = main(sys.argv[1:]); "
         f"print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
     )
-    command = [sys.executable, "-c", probe, *arguments, "--help"]
-    spent: list[float] = []
-    while len(spent) < 10 and min(spent, default=1.0) >= 0.3:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.stderr.strip() == "[]"
-    assert min(spent) < 0.3, f"{min(spent):.3f} s of CPU"
+    ours, theirs = [], []
+    for _ in range(5):
+        spent, heavy = cpu_seconds([sys.executable, "-c", probe, *arguments, "--help"])
+        assert heavy.strip() == "[]"
+        ours.append(spent)
+        if min(ours) < 0.3:
+            break
+        theirs.append(cpu_seconds([sys.executable, "-c", "import typer"])[0])
+    else:
+        assert min(ours) < 3 * min(theirs), f"{min(ours):.3f} s of CPU; typer alone takes {min(theirs):.3f} s"
 
 
 def test_version_names_every_part(g4: RunG4) -> None:
