@@ -79,7 +79,7 @@ def cpu_seconds(command: list[str]) -> tuple[float, str]:
 
 @pytest.mark.parametrize("arguments", [[], *([name_of(module)] for module in COMMANDS)])
 def test_help_is_fast_and_imports_nothing_heavy(arguments: list[str]) -> None:
-    """Below 0.3 s. Where a busy machine makes everything slow, less than three times what importing Typer alone takes."""
+    """Below 0.3 s; where a busy machine slows everything, less than three times what importing Typer takes."""
     probe = (
         "import sys; from gemma4cli.cli import main; code = main(sys.argv[1:]); "
         f"print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
