@@ -164,3 +164,12 @@ class Workspace:
             if kind not in _FOLDERS or not whole:
                 raise damaged
         return state
+
+
+def name_of(path: Path) -> str:
+    """Return a model's name for people; a Hub snapshot's is that of its repository, not of its commit."""
+    if path.is_file():
+        return path.stem
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.split("--")[-1]
+    return path.resolve().name

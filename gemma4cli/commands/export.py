@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,12 +18,13 @@ from gemma4cli.commands.options import (
 )
 from gemma4cli.console import Console, open_console
 from gemma4cli.errors import G4Error
+from gemma4cli.export.bundle import BundleManifest, describe
 from gemma4cli.files import format_bytes, require_absent
-from gemma4cli.quant.recipe import BUILT_IN, Recipe, load_recipe
-from gemma4cli.workspace import Workspace
+from gemma4cli.quant.manifest import MANIFEST_FILE
+from gemma4cli.quant.recipe import BUILT_IN, load_recipe
+from gemma4cli.workspace import Workspace, name_of
 
 if TYPE_CHECKING:
-    from gemma4cli.export.bundle import BundleManifest
     from gemma4cli.export.export import ExportPlan, ExportSpec
     from gemma4cli.quant.quantize import QuantizationPlan
 
@@ -88,49 +90,38 @@ def export(
     workspace = Workspace.from_environment()
     wanted = None if recipe == _NO_RECIPE else load_recipe(recipe or BUILT_IN[0])
     source = workspace.resolve_source(model, console.note)
+    is_quantized = (source / MANIFEST_FILE).is_file()
+    if is_quantized and recipe is not None:
+        raise G4Error(f"{source} is quantized already.", hint="Leave --recipe away, or name the original model.")
+    if dry_run and source.is_file():
+        raise G4Error(f"{source} is a GGUF file.", hint=f"See first: g4 convert-gguf {source} --dry-run")
+    first = None if is_quantized or source.is_file() else wanted
+    name = "-".join(filter(None, (name_of(source), first and first.name, backend, _short(ctx))))
+    target = output or workspace.folder("bundle") / name
+    if not dry_run:
+        require_absent(target, force)
 
     from gemma4cli.export.export import ExportSpec, export_bundle, find_backend, plan_export
     from gemma4cli.export.sources import ensure_converted, ensure_quantized, plan_quantization, planned
-    from gemma4cli.quant.checkpoint import open_checkpoint
 
     find_backend(backend)
-    checkpoints = workspace.folder("checkpoint")
+    checkpoints, progress = workspace.folder("checkpoint"), console.progress()
     if source.is_file():
-        if dry_run:
-            raise G4Error(f"{source} is a GGUF file.", hint=f"See first: g4 convert-gguf {source} --dry-run")
-        source = ensure_converted(source, checkpoints, console.progress())
-    is_quantized = open_checkpoint(source, console.progress()).is_quantized
-    if is_quantized and recipe is not None:
-        raise G4Error(f"{source} is quantized already.", hint="Leave --recipe away, or name the original model.")
-    first = None if is_quantized or wanted is None else wanted
-
-    spec = ExportSpec(source, output or Path(), backend, ctx, chunk, low_memory, force)
+        source = ensure_converted(source, checkpoints, progress)
+    spec = ExportSpec(source, target, backend, ctx, chunk, low_memory, force)
+    # Refuses what cannot work before anything is quantized.
+    quantization = plan_quantization(source, first) if first else None
+    plan = plan_export(spec, planned(quantization) if quantization else None)
     if dry_run:
-        quantization = plan_quantization(source, first) if first else None
-        plan = plan_export(_placed(spec, source, first, workspace), planned(quantization) if quantization else None)
-        return _dry_run(console, _placed(spec, source, first, workspace), plan, quantization)
-    require_absent(_placed(spec, source, first, workspace).target, force)
-    plan_export(spec)  # refuses what cannot work before hours of quantizing
-    checkpoint = ensure_quantized(source, first, checkpoints, console.progress()) if first else source
-    spec = _placed(spec, checkpoint, None, workspace)
-    spec.target.parent.mkdir(parents=True, exist_ok=True)
-    manifest = export_bundle(spec, console.progress())
-    workspace.remember("bundle", spec.target)
-    _report(console, manifest, spec.target)
+        return _dry_run(console, spec, plan, quantization)
+    if first:
+        spec = replace(spec, checkpoint=ensure_quantized(source, first, checkpoints, progress))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    manifest = export_bundle(spec, progress)
+    workspace.remember("bundle", target)
+    _report(console, manifest, target)
     console.next("g4 run --prompt 'What is the capital of France?'")
     return None
-
-
-def _placed(spec: ExportSpec, checkpoint: Path, recipe: Recipe | None, workspace: Workspace) -> ExportSpec:
-    """Fill in the checkpoint, and the target unless it was given: NAME[-RECIPE]-BACKEND[-CTX] in the workspace."""
-    from dataclasses import replace
-
-    from gemma4cli.export.sources import model_name
-
-    if spec.target != Path():
-        return replace(spec, checkpoint=checkpoint)
-    parts = [model_name(checkpoint), recipe.name if recipe else "", spec.backend, _short(spec.context_length)]
-    return replace(spec, checkpoint=checkpoint, target=workspace.folder("bundle") / "-".join(filter(None, parts)))
 
 
 def _short(tokens: int | None) -> str:
@@ -176,8 +167,6 @@ def _dry_run(console: Console, spec: ExportSpec, plan: ExportPlan, first: Quanti
 
 
 def _report(console: Console, manifest: BundleManifest, target: Path) -> None:
-    from gemma4cli.export.bundle import describe
-
     worst = sorted(manifest.reencoded, key=lambda name: -manifest.reencoded[name].relative_error)[:_WORST]
     document = {
         "bundle": str(target),
@@ -193,7 +182,8 @@ def _report(console: Console, manifest: BundleManifest, target: Path) -> None:
 
     def render() -> None:
         console.line(str(target))
-        console.table(("", ""), describe(manifest))
+        for what, value in describe(manifest):
+            console.line(f"{what + ':':18} {value}")
         if worst:
             console.line(f"{len(worst)} of {len(manifest.reencoded)} matrices that had to change, relative errors:")
             rows = [(r["name"], r["stored"], r["becomes"], f"{r['relative_error']:.4f}") for r in document["worst"]]

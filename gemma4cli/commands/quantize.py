@@ -11,7 +11,7 @@ from gemma4cli.commands.options import DeviceOption, DryRunOption, ForceOption, 
 from gemma4cli.console import Console, open_console
 from gemma4cli.files import format_bytes, require_absent
 from gemma4cli.quant.recipe import BUILT_IN, Recipe, load_recipe
-from gemma4cli.workspace import Workspace
+from gemma4cli.workspace import Workspace, name_of
 
 if TYPE_CHECKING:
     from gemma4cli.quant.manifest import CheckpointManifest
@@ -58,7 +58,7 @@ def quantize(
         return _show(console, workspace, model, [load_recipe(name) for name in names])
     chosen = load_recipe(recipe)
     source = workspace.resolve("model", model, console.note)
-    name = f"{_name_of(source)}-{chosen.name}"
+    name = f"{name_of(source)}-{chosen.name}"
     if dry_run:
         return _dry_run(console, source, output or workspace.folder("checkpoint") / name, chosen)
     target = output or workspace.new_path("checkpoint", name)
@@ -73,13 +73,6 @@ def quantize(
     return None
 
 
-def _name_of(source: Path) -> str:
-    """Return a folder's name for people; a Hub snapshot's is that of its repository, not of its commit."""
-    if source.parent.name == "snapshots":
-        return source.parent.parent.name.split("--")[-1]
-    return source.resolve().name
-
-
 def _show(console: Console, workspace: Workspace, model: str | None, recipes: list[Recipe]) -> None:
     """Print one recipe as a TOML file, or a table of several; with the bits per weight of the model at hand."""
     at_hand = model is not None or workspace.last("model") is not None
@@ -92,7 +85,7 @@ def _show(console: Console, workspace: Workspace, model: str | None, recipes: li
     def render_one() -> None:
         document = documents[0]
         if source is not None:
-            console.line(f"# {document['bits_per_weight']:.2f} bits per weight for {_name_of(source)}")
+            console.line(f"# {document['bits_per_weight']:.2f} bits per weight for {name_of(source)}")
         console.line(recipes[0].to_toml([_rule_comment(rule) for rule in document["rules"]]))
 
     def render_all() -> None:

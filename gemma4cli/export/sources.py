@@ -14,6 +14,7 @@ from gemma4cli.quant.gguf.convert import ensure_converted
 from gemma4cli.quant.manifest import CheckpointManifest, SourceRecord, identify_source
 from gemma4cli.quant.quantize import QuantizationPlan, plan_quantization, quantize_checkpoint
 from gemma4cli.quant.recipe import Recipe
+from gemma4cli.workspace import name_of
 
 
 class PlannedCheckpoint:
@@ -62,7 +63,7 @@ def ensure_quantized(source: Path, recipe: Recipe, checkpoints: Path, progress: 
 
 def quantized_path(source: Path, recipe: Recipe, checkpoints: Path) -> Path:
     """Return where `g4 quantize` puts a model's checkpoint."""
-    return checkpoints / f"{model_name(source)}-{recipe.name}"
+    return checkpoints / f"{name_of(source)}-{recipe.name}"
 
 
 def _is_still(record: SourceRecord, source: Path, progress: Progress) -> bool:
@@ -72,18 +73,10 @@ def _is_still(record: SourceRecord, source: Path, progress: Progress) -> bool:
     return identify_source(record.kind, source, files, progress).files == record.files
 
 
-def model_name(source: Path) -> str:
-    """Return a folder's name for people; a Hub snapshot's is that of its repository, not of its commit."""
-    if source.parent.name == "snapshots":
-        return source.parent.parent.name.split("--")[-1]
-    return source.resolve().name
-
-
 __all__ = [
     "PlannedCheckpoint",
     "ensure_converted",
     "ensure_quantized",
-    "model_name",
     "plan_quantization",
     "planned",
     "quantized_path",
