@@ -41,7 +41,7 @@ def test_matvec_equals_the_reference(bits: int, group_size: int, has_min: bool, 
             weight.codes, high, weight.sub, weight.step, words, scale, total, y, n, k, bits, group_size, has_min, 4, 4,
             False
         )  # fmt: skip
-    assert relative_error(y, reference.matmul_int8(x, weight)) < 2e-6  # float32 sums in another order
+    assert relative_error(y, reference.matmul_int8(x, weight)) < 1e-5  # float32 sums in another order
 
 
 @pytest.mark.parametrize(("bits", "group_size", "has_min"), FORMATS)
@@ -56,7 +56,7 @@ def test_prefill_equals_the_reference(bits: int, group_size: int, has_min: bool,
     prefill.matmul[grid](
         codes, high, weight.sub, weight.step, x, y, m, n, k, bits, group_size, has_min, 16, 16, 8, tl.float32
     )  # fmt: skip
-    assert relative_error(y, reference.matmul(x, weight)) < 2e-6
+    assert relative_error(y, reference.matmul(x, weight)) < 1e-5
 
 
 def test_fused_rows_are_bit_exact() -> None:
