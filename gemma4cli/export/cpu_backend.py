@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,8 +27,8 @@ TARGETS = ("cpu",)
 KV_FORMAT = "float32"
 
 # Program bytes of one layer of one method, and of everything else; measured, they hardly depend on sizes.
-_PROGRAM_BYTES_PER_LAYER = 22 << 10
-_PROGRAM_BYTES_ELSE = 48 << 10
+_PROGRAM_BYTES_PER_LAYER = 18 << 10
+_PROGRAM_BYTES_ELSE = 16 << 10
 # Python with torch and ExecuTorch, tracing and lowering included; measured.
 _LIBRARIES_BYTES = 480 << 20
 
@@ -49,10 +52,10 @@ def build(request: ExportRequest, folder: Path, progress: Progress) -> Built:
     """Load, trace, lower and write."""
     contract, config = request.contract, request.reader.config
     model = build_cpu_model(request.reader, contract.context_length, contract.prefill_chunk, progress)
-    with progress.phase("trace and lower", 3, "steps") as task:
+    with progress.phase("trace and lower", 3, "steps") as task, _scratch(folder, request.low_memory) as scratch:
         programs = trace_methods(Step(model, sample), contract.prefill_chunk)
         task.advance(1, "lower")
-        program = lower(programs, contract, folder if request.low_memory else None)
+        program = lower(programs, contract, scratch)
         task.advance(1, "write")
         write(program, folder)
         task.advance(1)
@@ -62,6 +65,15 @@ def build(request: ExportRequest, folder: Path, progress: Progress) -> Built:
         _memory(config, contract, (folder / WEIGHTS_FILE).stat().st_size),
         {name: ReencodedRecord(**asdict(change)) for name, change in model.changes.items()},
     )
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path, wanted: bool) -> Iterator[Path | None]:
+    if not wanted:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        yield Path(scratch)
 
 
 def kv_records(config: Gemma4Config, contract: Contract) -> dict[str, KVRecord]:
