@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from safetensors.torch import load_file
 
 from gemma4cli.model.config import FULL, SLIDING, Gemma4Config
 from gemma4cli.quant.gguf.keymap import ROPE_FREQS, gguf_name
+from gemma4cli.quant.gguf.reader import GGUFTensor
 
 QUANTIZED_BY_GGUF_PY = (GGML.Q4_0, GGML.Q4_1, GGML.Q5_0, GGML.Q5_1, GGML.Q8_0)
 # Byte offsets of the float16 steps in a block.
@@ -154,6 +157,15 @@ def random_blocks(kind: GGML, shape: tuple[int, int], rng: np.random.Generator) 
         steps = (rng.uniform(0.5, 1.5, len(blocks)) * rng.choice([-1, 1], len(blocks)) * 2e-4).astype("<f2")
         blocks[:, offset : offset + 2] = steps.view(np.uint8).reshape(-1, 2)
     return blocks.reshape(rows, -1)
+
+
+def tensor_of(blocks: np.ndarray, kind: GGML) -> GGUFTensor:
+    """Return the tensor of a file that holds nothing else: blocks uint8 [rows, bytes per row], mapped like a file."""
+    block_size, block_bytes = GGML_QUANT_SIZES[kind]
+    shape = (blocks.shape[0], blocks.shape[1] // block_bytes * block_size)
+    mapping = mmap.mmap(-1, blocks.nbytes)
+    mapping[:] = blocks.tobytes()
+    return GGUFTensor("t", shape, kind, 0, blocks.nbytes, SimpleNamespace(mapping=mapping, path=Path("m.gguf")))
 
 
 def string(text: str | bytes) -> bytes:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +27,7 @@ from gemma4cli.quant.torchao_types import (
     flatten_tensor_state_dict,
     unflatten_tensor_state_dict,
 )
-from tests.support.gguf_writer import random_blocks
+from tests.support.gguf_writer import random_blocks, tensor_of
 
 EXACT = tuple(FORMATS)
 TWO_LEVEL = (GGML.Q3_K, GGML.Q4_K, GGML.Q5_K, GGML.Q6_K, GGML.IQ4_XS)
@@ -49,18 +46,8 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def source_of(blocks: np.ndarray, kind: GGML) -> GGUFTensor:
-    """A tensor whose file is these bytes."""
-    block_size, block_bytes = GGML_QUANT_SIZES[kind]
-    shape = (blocks.shape[0], blocks.shape[1] // block_bytes * block_size)
-    mapping = mmap.mmap(-1, blocks.nbytes)
-    mapping[:] = blocks.tobytes()
-    file = SimpleNamespace(mapping=mapping, path=Path("m.gguf"))
-    return GGUFTensor("t", shape, kind, 0, blocks.nbytes, file)
-
-
 def random_source(kind: GGML, seed: int = 0) -> GGUFTensor:
-    return source_of(random_blocks(kind, (ROWS, COLUMNS), np.random.default_rng(seed)), kind)
+    return tensor_of(random_blocks(kind, (ROWS, COLUMNS), np.random.default_rng(seed)), kind)
 
 
 def reference(source: GGUFTensor) -> torch.Tensor:
@@ -88,7 +75,7 @@ def test_extreme_steps(kind: GGML, step: int, pool: ThreadPoolExecutor) -> None:
     blocks = random_blocks(kind, (ROWS, COLUMNS), np.random.default_rng(1)).reshape(-1, GGML_QUANT_SIZES[kind][1])
     for offset in {GGML.Q3_K: (108,), GGML.Q6_K: (208,)}.get(kind, (0, 2) if FORMATS[kind].has_min else (0,)):
         blocks[:, offset : offset + 2] = np.array([step], "<u2").view(np.uint8)
-    source = source_of(blocks.reshape(ROWS, -1), kind)
+    source = tensor_of(blocks.reshape(ROWS, -1), kind)
     assert torch.equal(bits(dequantize(convert_tensor(source, pool))), bits(reference(source)))
 
 
@@ -186,7 +173,7 @@ def test_the_layout_is_known_before_the_data(kind: GGML, pool: ThreadPoolExecuto
 
 def float_source(kind: GGML) -> GGUFTensor:
     width = GGML_QUANT_SIZES[kind][1]
-    return source_of(np.random.default_rng(0).integers(0, 60, (4, 8 * width), dtype=np.uint8), kind)
+    return tensor_of(np.random.default_rng(0).integers(0, 60, (4, 8 * width), dtype=np.uint8), kind)
 
 
 @pytest.mark.parametrize("kind", [GGML.F32, GGML.F16, GGML.BF16])
@@ -221,14 +208,14 @@ def test_a_group_with_a_minimum_but_no_scale(pool: ThreadPoolExecutor) -> None:
     blocks = random_blocks(GGML.Q4_K, (2, 256), np.random.default_rng(0))
     blocks[:, 4:8] = 0  # scales of groups 0 to 3, and the high bits of groups 4 to 7
     blocks[:, 8:12] |= 1
-    source = source_of(blocks, GGML.Q4_K)
+    source = tensor_of(blocks, GGML.Q4_K)
     tensor = convert_tensor(source, pool)
     assert torch.equal(dequantize(tensor), reference(source))
     codes = tensor.codes().float().unflatten(1, (-1, 32))
     values = (codes - tensor.zero_point.t()[..., None]) * tensor.scale.t()[..., None]
     expected = reference(source)
     assert (values.flatten(1) - expected).abs().max() <= 2e-5 * expected.abs().max()
-    empty = source_of(np.zeros_like(blocks), GGML.Q4_K)
+    empty = tensor_of(np.zeros_like(blocks), GGML.Q4_K)
     assert not convert_tensor(empty, pool).zero_point.any()
     assert measured_error(empty, convert_tensor(empty, pool)) == 0
 
@@ -258,7 +245,7 @@ def test_scales_must_be_finite(step: int, pool: ThreadPoolExecutor) -> None:
     blocks = random_blocks(GGML.Q8_0, (2, 64), np.random.default_rng(0))
     blocks[1, :2] = np.array([step], "<u2").view(np.uint8)
     with pytest.raises(G4Error, match=r"Tensor t of m\.gguf has scales that are not finite numbers"):
-        convert_tensor(source_of(blocks, GGML.Q8_0), pool)
+        convert_tensor(tensor_of(blocks, GGML.Q8_0), pool)
 
 
 @pytest.mark.parametrize("kind", [GGML.Q4_0, GGML.Q2_K])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,14 +12,13 @@ from gguf.constants import GGMLQuantizationType as GGML
 from gemma4cli.errors import G4Error
 from gemma4cli.kernels.quantized_matmul.format import WeightFormat, dequantize, unpack_codes
 from gemma4cli.quant.gguf.convert_tensor import convert_tensor
-from gemma4cli.quant.gguf.reader import GGUFTensor
 from gemma4cli.quant.gguf.tensors import GGUFInt4Tensor, GGUFIntxTensor
 from gemma4cli.quant.groupwise import quantize
 from gemma4cli.quant.pack import pack_weight, packed_format
 from gemma4cli.quant.recipe import QuantSpec
 from gemma4cli.quant.tensors import MatrixBuilder
 from gemma4cli.quant.tensors import dequantize as dequantize_stored
-from tests.support.gguf_writer import random_blocks
+from tests.support.gguf_writer import random_blocks, tensor_of
 
 
 def quantized(spec: QuantSpec, rows: int = 6, columns: int = 512) -> torch.Tensor:
@@ -70,9 +67,8 @@ def test_k_quants_are_exact(kind: GGML, expected: WeightFormat) -> None:
 def gguf_tensor(kind: GGML, shape: tuple[int, int]) -> torch.Tensor:
     """Convert random blocks of a GGUF type as `g4 convert-gguf` does."""
     blocks = random_blocks(kind, shape, np.random.default_rng(int(kind)))
-    file = SimpleNamespace(mapping=blocks.tobytes(), path=Path("m.gguf"))
     with ThreadPoolExecutor(1) as pool:
-        return convert_tensor(GGUFTensor("w", shape, kind, 0, blocks.nbytes, file), pool)
+        return convert_tensor(tensor_of(blocks, kind), pool)
 
 
 def test_codes_survive() -> None:
