@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from statistics import median
 
 import pytest
 import typer
@@ -93,7 +94,8 @@ def test_help_is_fast_and_imports_nothing_heavy(arguments: list[str]) -> None:
             break
         theirs.append(cpu_seconds([sys.executable, "-c", "import typer"])[0])
     else:
-        assert min(ours) < 3 * min(theirs), f"{min(ours):.3f} s of CPU; typer alone takes {min(theirs):.3f} s"
+        ours, theirs = median(ours), median(theirs)
+        assert ours < 3 * theirs, f"{ours:.3f} s of CPU; typer alone takes {theirs:.3f} s"
 
 
 def test_version_names_every_part(g4: RunG4) -> None:

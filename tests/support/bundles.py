@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -47,23 +48,17 @@ class Run:
 def run_g4(*arguments: str | Path, home: Path) -> Run:
     """Run a command line in a process of its own, with `home` as its workspace."""
     environment = {**os.environ, "G4_HOME": str(home), "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-m", "gemma4cli", *map(str, arguments)]
     started = time.monotonic()
-    with subprocess.Popen(
-        [sys.executable, "-m", "gemma4cli", *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        stdout, stderr = process.communicate()
-    seconds = time.monotonic() - started
-    return Run(process.returncode, stdout, stderr, seconds, _peak_of_children())
-
-
-def _peak_of_children() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(command, env=environment, stdout=stdout, stderr=stderr)
+        # wait4 alone tells this process's memory; RUSAGE_CHILDREN is the largest of all that ever ran.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.monotonic() - started
+        stdout.seek(0)
+        stderr.seek(0)
+        return Run(process.returncode, stdout.read(), stderr.read(), seconds, usage.ru_maxrss * 1024)
 
 
 @cache

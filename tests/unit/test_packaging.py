@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_a_build_without_executorch_says_what_to_install(tmp_path: Path) -> None
     (tmp_path / "python3").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment.pop("CMAKE_PREFIX_PATH", None)
-    command = ["cmake", "-S", ROOT / "runner", "-B", tmp_path / "build"]
+    command = [Path(sysconfig.get_path("scripts")) / "cmake", "-S", ROOT / "runner", "-B", tmp_path / "build"]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode != 0
     assert "pip install executorch==1.5.1" in " ".join(finished.stderr.split())

@@ -233,7 +233,8 @@ def test_an_existing_target_needs_force(source: Path, tmp_path: Path) -> None:
         quantize_checkpoint(source, tmp_path / "out", KEEP_ALL)
     assert (tmp_path / "out" / "mine.txt").exists()
     quantize_checkpoint(source, tmp_path / "out", KEEP_ALL, force=True)
-    assert open_checkpoint(tmp_path / "out").is_quantized
+    assert not (tmp_path / "out" / "mine.txt").exists()
+    assert (tmp_path / "out" / "g4.json").exists()
 
 
 def test_the_source_is_never_replaced(tmp_path: Path) -> None:
