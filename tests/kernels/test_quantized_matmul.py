@@ -68,9 +68,8 @@ def test_the_op_exports_and_runs_on_the_cpu(rows: int) -> None:
 
 POINTERS = {"codes_ptr": "*i32", "high_ptr": "*i32", "sub_ptr": "*i8", "step_ptr": "*fp16", "xq_ptr": "*i32",
             "scale_ptr": "*fp32", "total_ptr": "*fp32", "y_ptr": "*bf16", "N": "i32"}  # fmt: skip
-BYTES = {"codes_ptr": "*u8", "high_ptr": "*u8", "sub_ptr": "*i8", "step_ptr": "*fp16", "x_ptr": "*bf16", "y_ptr":
-"*bf16",
-         "M": "i32", "N": "i32"}  # fmt: skip
+MATRIX_POINTERS = {"codes_ptr": "*i32", "high_ptr": "*i32", "sub_ptr": "*i8", "step_ptr": "*fp16", "x_ptr": "*bf16",
+                   "y_ptr": "*bf16", "M": "i32", "N": "i32"}  # fmt: skip
 
 
 def compile_for(target_name: str, bits: int, group_size: int, has_min: bool) -> list[KernelCode]:
@@ -86,7 +85,7 @@ def compile_for(target_name: str, bits: int, group_size: int, has_min: bool) -> 
                                 num_warps=mv.num_warps, num_stages=mv.num_stages)  # fmt: skip
     tile = {"K": 5376, "BLOCK_N": mm.block_n, "BLOCK_M": mm.block_m, "GROUP_M": mm.group_m, "DOT": tl.bfloat16}
     matrix = compile_kernel(
-        prefill.matmul, {**BYTES, **tile, **fmt}, target, num_warps=mm.num_warps, num_stages=mm.num_stages
+        prefill.matmul, {**MATRIX_POINTERS, **tile, **fmt}, target, num_warps=mm.num_warps, num_stages=mm.num_stages
     )
     return [vector, matrix]
 

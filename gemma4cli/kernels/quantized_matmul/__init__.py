@@ -46,15 +46,14 @@ def _decode(
     m, k = x.shape
     n = codes.shape[0]
     config = matvec_config(current_target())
-    xq = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    words = torch.empty((m, k // 4), dtype=torch.int32, device=x.device)
     scale = torch.empty((m, k // 32), dtype=torch.float32, device=x.device)
     total = torch.empty_like(scale)
     rows_grid = (triton.cdiv(k // 32, QUANTIZE_ROWS_GROUPS), m)
-    wrap_triton(decode.quantize_rows)[rows_grid](x, xq, scale, total, K=k, BLOCK_G=QUANTIZE_ROWS_GROUPS, num_warps=4)
+    wrap_triton(decode.quantize_rows)[rows_grid](x, words, scale, total, K=k, BLOCK_G=QUANTIZE_ROWS_GROUPS, num_warps=4)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(n, config.block_n), m)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    words = xq.view(torch.int32)
     if bits == 8:
         wrap_triton(decode.matvec_int8)[grid](
             codes,
@@ -87,10 +86,8 @@ def _prefill(
     config = matmul_config(current_target())
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m),)
-    code_bytes = codes.view(torch.uint8)
-    high_bytes = code_bytes if high is None else high.view(torch.uint8)
     wrap_triton(prefill.matmul)[grid](
-        code_bytes, high_bytes, sub, step, x, y, m, n,
+        codes, codes if high is None else high, sub, step, x, y, m, n,
         K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min,
         BLOCK_N=config.block_n, BLOCK_M=config.block_m, GROUP_M=config.group_m, DOT=tl.bfloat16,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -12,7 +12,11 @@ import triton.language as tl
 
 @triton.jit
 def quantize_rows(x_ptr, xq_ptr, scale_ptr, total_ptr, K: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Write reference.quantize_activations of row `program_id(1)`; BLOCK_G groups of 32 per program."""
+    """Write reference.quantize_activations of row `program_id(1)`; BLOCK_G groups of 32 per program.
+
+    xq may be given as 32-bit words, as ``matvec`` reads it: exported graphs have no view in another dtype.
+    """
+    xq_ptr = xq_ptr.to(tl.pointer_type(tl.int8))
     row = tl.program_id(1).to(tl.int64)
     groups: tl.constexpr = K // 32
     group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)

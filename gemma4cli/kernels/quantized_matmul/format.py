@@ -147,14 +147,19 @@ def unpack_codes(weight: PackedWeight) -> Tensor:
     """Return the integer codes [N, K] int32, unsigned for 4 and 6 bits, signed for 8."""
     n, k = weight.shape
     if weight.format.bits == 8:
-        return weight.codes.contiguous().view(torch.int8).view(n, k).to(torch.int32)
-    low = weight.codes.contiguous().view(torch.uint8).view(n, k // 64, 32)
-    code = torch.stack([low & 15, low >> 4], dim=2).view(n, k).to(torch.int32)
+        return ((_bytes(weight.codes) << 24) >> 24).view(n, k)
+    low = _bytes(weight.codes).view(n, k // 64, 32)
+    code = torch.stack([low & 15, low >> 4], dim=2).view(n, k)
     if weight.high is not None:
-        high = weight.high.contiguous().view(torch.uint8).view(n, k // 128, 32)
+        high = _bytes(weight.high).view(n, k // 128, 32)
         two = torch.stack([(high >> shift) & 3 for shift in (0, 2, 4, 6)], dim=2).view(n, k)
-        code = code | (two.to(torch.int32) << 4)
+        code = code | (two << 4)
     return code
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """Return the four bytes of each int32 word as int32 [..., 4]: exported graphs have no view in another dtype."""
+    return torch.stack([(words >> shift) & 255 for shift in (0, 8, 16, 24)], dim=-1)
 
 
 def dequantize(weight: PackedWeight) -> Tensor:

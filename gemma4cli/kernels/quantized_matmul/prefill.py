@@ -65,11 +65,13 @@ def matmul(
     GROUP_M: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """y [M, N] = x [M, K] times the weight [N, K] transposed; codes and high are read as bytes (see format.py).
+    """y [M, N] = x [M, K] times the weight [N, K] transposed; the words of codes and high are read as bytes (format.py).
 
     DOT is the type of the product's operands: bfloat16, or float32 under Triton's interpreter, whose bf16 product is
     wrong.
     """
+    codes_ptr = codes_ptr.to(tl.pointer_type(tl.uint8))
+    high_ptr = high_ptr.to(tl.pointer_type(tl.uint8))
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
