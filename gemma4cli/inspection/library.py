@@ -15,7 +15,7 @@ import struct
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from gemma4cli.inspection.cubin import Image, KernelFacts, find_images
+from gemma4cli.inspection.cubin import Architecture, Image, KernelFacts, find_images
 from gemma4cli.inspection.elf import Elf
 
 _X86_64 = 62
@@ -42,28 +42,60 @@ class Kernel:
     """
 
     name: str
-    architecture: str
+    architecture: Architecture
     facts: KernelFacts
     sha256: str
     dynamic_shared_bytes: int | None
     launches: int | None
 
 
+    @property
+    def shared_bytes(self) -> int:
+        """Static and, where it is known, dynamic shared memory of a block."""
+        return self.facts.static_shared_bytes + (self.dynamic_shared_bytes or 0)
+
+
 @dataclass(frozen=True)
-class Library:
-    """GPU code of one library. `closed` names architectures whose code is compressed and was not read."""
+class KernelImage:
+    """All code that a library has for one kernel: for several architectures, perhaps as PTX, perhaps compressed."""
 
     kernels: tuple[Kernel, ...]
-    images: tuple[Image, ...]
+    ptx: tuple[Architecture, ...]
+    closed: tuple[Architecture, ...]
+
+    def for_gpu(self, capability: tuple[int, int]) -> tuple[Kernel, ...]:
+        """Return what a GPU of this compute capability would execute; empty when there is nothing for it."""
+        fitting = [kernel for kernel in self.kernels if kernel.architecture.runs_on(capability)]
+        best = max((kernel.architecture.capability for kernel in fitting), default=None)
+        return tuple(kernel for kernel in fitting if kernel.architecture.capability == best)
+
+    def compiles_for(self, capability: tuple[int, int]) -> bool:
+        """Whether a driver can compile its PTX for a GPU; PTX beside code for exactly one GPU is for that one, too."""
+        exact = {kernel.architecture.capability for kernel in self.kernels if kernel.architecture.is_exact}
+        return any(ptx.capability <= capability and ptx.capability not in exact for ptx in self.ptx)
+
+
+@dataclass(frozen=True)
+class Library:
+    """GPU code of one library."""
+
+    images: tuple[KernelImage, ...]
 
     @property
-    def closed(self) -> list[str]:
-        return sorted({str(architecture) for image in self.images for architecture in image.closed})
+    def kernels(self) -> list[Kernel]:
+        return [kernel for image in self.images for kernel in image.kernels]
+
+    @property
+    def architectures(self) -> list[str]:
+        """All architectures that some code is for, by number."""
+        found = {kernel.architecture for kernel in self.kernels}
+        found |= {architecture for image in self.images for architecture in image.closed}
+        return [str(architecture) for architecture in sorted(found, key=lambda a: (a.capability, a.is_exact))]
 
 
 @dataclass(frozen=True)
 class _Launcher:
-    launches: int
+    launches: int | None
     dynamic_shared_bytes: int | None
 
 
@@ -78,23 +110,18 @@ def read_library(data: memoryview) -> Library:
     symbols = {symbol.value: match[1] for symbol in elf.symbols if (match := _START.fullmatch(symbol.name))}
     names = {address: name for address, name in symbols.items() if address in addresses}
     launchers = _launchers(elf, names) if elf.machine == _X86_64 else {}
-    kernels = []
-    for image in images:
-        name = names.get(elf.address_of(image.offset))
-        launcher = launchers.get(name)
-        for cubin in image.cubins:
-            for facts in cubin.kernels:
-                kernels.append(
-                    Kernel(
-                        name or facts.entry,
-                        str(cubin.architecture),
-                        facts,
-                        cubin.sha256,
-                        launcher.dynamic_shared_bytes if launcher else None,
-                        launcher.launches if launcher else None,
-                    )
-                )
-    return Library(tuple(kernels), tuple(images))
+    return Library(tuple(_kernel_image(image, names.get(elf.address_of(image.offset)), launchers) for image in images))
+
+
+def _kernel_image(image: Image, name: str | None, launchers: dict[str, _Launcher]) -> KernelImage:
+    launcher = launchers.get(name, _Launcher(None, None))
+    kernels = tuple(
+        Kernel(name or facts.entry, cubin.architecture, facts, cubin.sha256, launcher.dynamic_shared_bytes,
+               launcher.launches)
+        for cubin in image.cubins
+        for facts in cubin.kernels
+    )  # fmt: skip
+    return KernelImage(kernels, image.ptx, image.closed)
 
 
 def _launchers(elf: Elf, names: dict[int, str]) -> dict[str, _Launcher]:

@@ -1,0 +1,163 @@
+"""Every weight and every mutable buffer of an artifact, from names and layouts alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gemma4cli.inspection.artifact import Artifact
+from gemma4cli.inspection.files import Span
+from gemma4cli.inspection.tensors import Tensor
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h|blk)\.(\d+)\.")
+_STATE = re.compile(r"(?:^|[._])(?:[kv]_)?(?:kv_)?cache(?:[._]|$)")
+# Role of a tensor: the first pattern that is found in its name.
+_ROLES = tuple(
+    (role, re.compile(pattern))
+    for role, pattern in (
+        ("constants", r"^g4\.|(?:^|\.)constants\."),
+        ("embedding", r"embed_tokens|embedding|tok_embeddings"),
+        ("positions", r"rotary|inv_freq|freqs"),
+        ("norm", r"norm|layer_scalar"),
+        ("attention", r"attn|attention|[qkvo]_proj|qkv|turboquant"),
+        ("mlp", r"mlp|feed_forward|gate|up_proj|down_proj"),
+        ("head", r"lm_head|(?:^|\.)(?:head|output)\."),
+    )
+)
+ROLES = ("embedding", "attention", "mlp", "norm", "head", "positions", "constants", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One stored tensor. `format` is a data type or a quantized format, None where only the backend knows."""
+
+    name: str
+    format: str | None
+    shape: tuple[int, ...] | None
+    nbytes: int
+    device: str
+    file: str
+    place: Span | None
+
+    @property
+    def layer(self) -> int | None:
+        match = _LAYER.search(self.name)
+        return int(match[1]) if match else None
+
+    @property
+    def role(self) -> str:
+        return next((role for role, pattern in _ROLES if pattern.search(self.name)), "other")
+
+    @property
+    def short_name(self) -> str:
+        """The name inside its layer."""
+        return _LAYER.sub(".", self.name).removeprefix("model").removeprefix(".")
+
+
+@dataclass(frozen=True, slots=True)
+class StateBuffer:
+    """A buffer that a program writes and keeps between calls; `methods` are those that use it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    device: str
+    methods: tuple[str, ...]
+
+    def bytes_per_token(self, context_length: int | None) -> int | None:
+        """Bytes that grow with each token of context; 0 for a ring of fixed size, None when that is not known."""
+        if context_length is None:
+            return None
+        return self.nbytes // context_length if context_length in self.shape else 0
+
+
+def is_state(name: str) -> bool:
+    """Whether a name is that of a cache: CUDA programs keep theirs among the weights."""
+    return bool(_STATE.search(name))
+
+
+def list_weights(artifact: Artifact) -> list[Weight]:
+    """List every constant once, in the order of the files; caches are left out."""
+    found: dict[str, Weight] = {}
+    for part in artifact.delegates:
+        for weight in part.blob.weights:
+            place = artifact.find(weight.key) if weight.key else None
+            file, span = (place[0].path.name, place[1]) if place else (_program_name(artifact), None)
+            if weight.key and place is None:
+                file = "(not given)"
+            label = weight.key or f"{part.method} {part.number} {weight.name}"
+            found.setdefault(
+                label, Weight(weight.name, weight.format, weight.shape, weight.nbytes, weight.device, file, span)
+            )
+    if artifact.program:
+        for method in artifact.program.methods:
+            if not method.is_constant:
+                for tensor in method.tensors:
+                    if tensor.is_constant:
+                        _add_constant(artifact, tensor, found)
+    libraries = {part.blob.library for part in artifact.delegates}
+    for key, weight in _named(artifact):
+        if key not in libraries:
+            found.setdefault(key, weight)
+    weights = [weight for weight in found.values() if not is_state(weight.name)]
+    return sorted(weights, key=lambda w: (w.file, w.place.offset if w.place else -1))
+
+
+def _add_constant(artifact: Artifact, tensor: Tensor, found: dict[str, Weight]) -> None:
+    if tensor.is_external:
+        place = artifact.find(tensor.name or "")
+        file, span = (place[0].path.name, place[1]) if place else ("(not given)", None)
+    else:
+        file, start = _program_name(artifact), artifact.program.constants[tensor.data_index].offset
+        span = Span(start, tensor.nbytes)
+    label = tensor.name or f"constant {tensor.data_index}"
+    found.setdefault(label, Weight(label, tensor.dtype, tensor.shape, tensor.nbytes, tensor.device, file, span))
+
+
+def _named(artifact: Artifact) -> Iterable[tuple[str, Weight]]:
+    if artifact.program:
+        for key, span in artifact.program.named_data.items():
+            yield key, Weight(key, None, None, span.size, "cpu", artifact.program.path.name, span)
+    for file in artifact.data_files:
+        for key, entry in file.entries.items():
+            yield key, Weight(key, entry.dtype, entry.shape, entry.span.size, "cpu", file.path.name, entry.span)
+
+
+def _program_name(artifact: Artifact) -> str:
+    return artifact.program.path.name if artifact.program else artifact.path.name
+
+
+def list_state(artifact: Artifact) -> list[StateBuffer]:
+    """List mutable buffers: those a program plans for by name, and the caches of CUDA delegates."""
+    found: dict[str, StateBuffer] = {}
+
+    def add(method: str, name: str, dtype: str, shape: tuple[int, ...], nbytes: int, device: str) -> None:
+        known = found.get(name)
+        methods = (*(known.methods if known else ()), method)
+        found[name] = StateBuffer(name, dtype, shape, nbytes, device, tuple(dict.fromkeys(methods)))
+
+    for method in artifact.program.methods if artifact.program else ():
+        for tensor in method.tensors:
+            if tensor.is_state:
+                name = tensor.name or f"buffer at {tensor.memory[0]}:{tensor.memory[1]}"
+                add(method.name, name, tensor.dtype, tensor.shape, tensor.nbytes, tensor.device)
+    for part in artifact.delegates:
+        for weight in part.blob.weights:
+            if is_state(weight.name):
+                add(part.method, weight.name, weight.format, weight.shape or (), weight.nbytes, weight.device)
+    return list(found.values())
+
+
+def equal_layers(weights: Iterable[Weight]) -> list[tuple[list[int], list[Weight]]]:
+    """Group layers whose tensors have the same names, formats and shapes; returns (layers, tensors of the first)."""
+    layers: dict[int, list[Weight]] = {}
+    for weight in weights:
+        if weight.layer is not None:
+            layers.setdefault(weight.layer, []).append(weight)
+    groups: dict[tuple, list[int]] = {}
+    for layer in sorted(layers):
+        signature = tuple(sorted((w.short_name, w.format or "", w.shape or (), w.nbytes) for w in layers[layer]))
+        groups.setdefault(signature, []).append(layer)
+    return [(numbers, layers[numbers[0]]) for numbers in groups.values()]
