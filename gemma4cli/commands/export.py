@@ -20,8 +20,8 @@ from gemma4cli.console import Console, open_console
 from gemma4cli.errors import G4Error
 from gemma4cli.export.bundle import BundleManifest, describe
 from gemma4cli.files import format_bytes, require_absent
-from gemma4cli.quant.manifest import MANIFEST_FILE
 from gemma4cli.quant.recipe import BUILT_IN, load_recipe
+from gemma4cli.quant.torchao_format import is_quantized_folder
 from gemma4cli.workspace import Workspace, name_of
 
 if TYPE_CHECKING:
@@ -90,12 +90,12 @@ def export(
     workspace = Workspace.from_environment()
     wanted = None if recipe == _NO_RECIPE else load_recipe(recipe or BUILT_IN[0])
     source = workspace.resolve_source(model, console.note)
-    is_quantized = (source / MANIFEST_FILE).is_file()
+    is_quantized = _is_quantized(source)
     if is_quantized and recipe is not None:
         raise G4Error(f"{source} is quantized already.", hint="Leave --recipe away, or name the original model.")
     if dry_run and source.is_file():
         raise G4Error(f"{source} is a GGUF file.", hint=f"See first: g4 convert-gguf {source} --dry-run")
-    first = None if is_quantized or source.is_file() else wanted
+    first = None if is_quantized else wanted
     name = "-".join(filter(None, (name_of(source), first and first.name, backend, _short(ctx))))
     target = output or workspace.folder("bundle") / name
     if not dry_run:
@@ -122,6 +122,14 @@ def export(
     _report(console, manifest, target)
     console.next("g4 run --prompt 'What is the capital of France?'")
     return None
+
+
+def _is_quantized(source: Path) -> bool:
+    if source.is_dir():
+        return is_quantized_folder(source)
+    from gemma4cli.quant.gguf.reader import is_quantized_gguf
+
+    return is_quantized_gguf(source)
 
 
 def _short(tokens: int | None) -> str:

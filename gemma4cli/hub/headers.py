@@ -7,7 +7,6 @@ here.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -17,12 +16,26 @@ from typing import Any, Literal
 from gemma4cli.errors import G4Error
 from gemma4cli.files import read_json
 from gemma4cli.hub.client import Hub, RemoteFile, Repository
-from gemma4cli.hub.selection import CONFIG, INDEX, SINGLE, Selection, is_text_tensor, text_shards
+from gemma4cli.hub.selection import CONFIG, INDEX, SINGLE, Selection, text_shards
 from gemma4cli.model.config import Gemma4Config
+from gemma4cli.model.names import (
+    FLOAT_TYPES,
+    LM_HEAD,
+    check_shapes,
+    expected_shapes,
+    is_text,
+    our_name,
+    some,
+)
+from gemma4cli.quant.torchao_format import (
+    MAX_HEADER_BYTES,
+    Description,
+    canonical_name,
+    describe,
+    has_torchao_metadata,
+    read_header,
+)
 
-_PLAIN_TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_TORCHAO_TYPES = ("Int4Tensor", "IntxUnpackedToInt8Tensor", "Tensor")
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _HEADER_GUESS_BYTES = 256 << 10
 # A GGUF header says nowhere how long it is; the 31B's, with its vocabulary, has 15.8 MB.
 _GGUF_PREFIXES = (1 << 20, 17 << 20, 96 << 20)
@@ -80,33 +93,52 @@ def _write_sparse(path: Path, head: bytes, size: int) -> None:
 def _safetensors_head(hub: Hub, source: Repository, file: RemoteFile) -> bytes:
     head = hub.read(source, file, 0, _HEADER_GUESS_BYTES)
     end = 8 + struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 8
-    if len(head) < end <= min(_MAX_HEADER_BYTES, file.size):
+    if len(head) < end <= min(MAX_HEADER_BYTES, file.size):
         head += hub.read(source, file, len(head), end - len(head))
     return head
 
 
 def _inspect_folder(folder: Path) -> Contents:
-    Gemma4Config.from_dir(folder)
-    shards = _shards(folder)
-    types: Counter[str] = Counter()
-    quantized: dict[str, str] = {}
-    for shard in shards:
-        header = read_safetensors_header(shard)
-        metadata = header.pop("__metadata__", None) or {}
-        quantized |= _torchao_types(shard, metadata)
-        types.update(tensor["dtype"] for name, tensor in header.items() if is_text_tensor(name))
-    if quantized:
-        kinds = Counter(kind for kind in quantized.values() if kind != "Tensor")
-        return Contents("torchao", _counted(kinds), len(quantized))
-    unusable = sorted(set(types) - set(_PLAIN_TYPES))
+    config = Gemma4Config.from_dir(folder)
+    entries: dict[str, Any] = {}
+    described: dict[str, Description] = {}
+    for shard in _shards(folder):
+        tensors, metadata = read_header(shard)
+        entries |= {key: tensor for key, tensor in tensors.items() if is_text(key)}
+        if has_torchao_metadata(metadata):
+            described |= {name: d for name, d in describe(metadata, shard).items() if is_text(name)}
+    if any(description.is_quantized for description in described.values()):
+        return _inspect_torchao(folder, config, entries, described)
+    types = Counter(tensor["dtype"] for tensor in entries.values())
+    unusable = sorted(set(types) - set(FLOAT_TYPES))
     if unusable or not types:
         raise G4Error(
             f"{folder} holds {'tensors of type ' + ', '.join(unusable) if unusable else 'no text tensors'}, which g4 "
             "cannot quantize.",
             hint="Take the original checkpoint in bfloat16 (g4 pull 31b) or a GGUF (g4 pull 31b-gguf).",
         )
-    names = Counter({_PLAIN_TYPES[dtype]: count for dtype, count in types.items()})
+    _check_shapes(folder, config, {our_name(key): tuple(tensor["shape"]) for key, tensor in entries.items()})
+    names = Counter({FLOAT_TYPES[dtype]: count for dtype, count in types.items()})
     return Contents("safetensors", _counted(names), sum(types.values()))
+
+
+def _inspect_torchao(
+    folder: Path, config: Gemma4Config, entries: dict[str, Any], described: dict[str, Description]
+) -> Contents:
+    lacking = [key for d in described.values() for key in d.keys.values() if key not in entries]
+    if lacking:
+        raise G4Error(f"{folder} lacks {some(lacking)}, which its metadata list.", hint="Fetch it again.")
+    shapes = {
+        canonical_name(name): description.shape(tuple(entries[description.main_key]["shape"]))
+        for name, description in described.items()
+    }
+    _check_shapes(folder, config, shapes)
+    kinds = Counter(f"int{description.bits}" for description in described.values() if description.is_quantized)
+    return Contents("torchao", _counted(kinds), len(described))
+
+
+def _check_shapes(folder: Path, config: Gemma4Config, found: dict[str, tuple[int, ...]]) -> None:
+    check_shapes(expected_shapes(config, untied=LM_HEAD in found), found, where=str(folder))
 
 
 def _counted(types: Counter[str]) -> str:
@@ -120,44 +152,6 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     names, _ = text_shards(str(folder), read_json(folder / INDEX))
     return [folder / name for name in names]
-
-
-def read_safetensors_header(path: Path) -> dict[str, Any]:
-    """Return a safetensors file's header: tensor name -> dtype, shape, data_offsets; `__metadata__` as it is."""
-    damaged = G4Error(f"{path} is not a safetensors file.", hint="The file is damaged; fetch it again.")
-    if not path.is_file():
-        raise G4Error(f"{path} does not exist.", hint="A checkpoint has config.json and its safetensors in one folder.")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
-        if length > min(_MAX_HEADER_BYTES, size - 8):
-            raise damaged
-        try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            raise damaged from None
-    tensors = {name: value for name, value in header.items() if name != "__metadata__"} if type(header) is dict else {}
-    if not tensors or not all(isinstance(value, dict) and "dtype" in value for value in tensors.values()):
-        raise damaged
-    return header
-
-
-def _torchao_types(shard: Path, metadata: dict[str, str]) -> dict[str, str]:
-    """Return the tensor class of each name torchao's metadata lists; {} for a plain file."""
-    if "tensor_names" not in metadata:
-        return {}
-    damaged = G4Error(f"{shard} has damaged torchao metadata.", hint="Fetch the checkpoint again.")
-    try:
-        types = {name: json.loads(metadata[name])["_type"] for name in json.loads(metadata["tensor_names"])}
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise damaged from None
-    unusable = sorted(set(types.values()) - set(_TORCHAO_TYPES))
-    if unusable:
-        raise G4Error(
-            f"{shard} holds torchao tensors of type {', '.join(unusable)}, which g4 cannot use.",
-            hint=f"It reads {' and '.join(_TORCHAO_TYPES[:2])}.",
-        )
-    return types
 
 
 def _peek_gguf(hub: Hub, source: Repository, selection: Selection, folder: Path) -> Contents:

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from gemma4cli.errors import G4Error
+from gemma4cli.model.names import is_text
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -17,8 +18,6 @@ _REQUIRED = (CONFIG, "tokenizer.json")
 # What a chat needs beside the weights; a repository of the same model can lend them.
 LENDABLE = ("generation_config.json", "chat_template.jinja", "tokenizer_config.json")
 _WELCOME = (*LENDABLE, "g4.json")
-# Tensors of the other modalities; a shard that holds nothing else is not fetched.
-_NOT_TEXT = re.compile(r"model\.(vision_tower|embed_vision|audio_tower|embed_audio)\.")
 _QUANTIZATION = re.compile(
     r"(?<![A-Za-z0-9])((?:UD-)?(?:I?Q\d_(?:[01]|K(?:_[A-Z]+)?|[A-Z]+)|BF16|F16|F32))(?!_?[A-Za-z0-9])", re.IGNORECASE
 )
@@ -38,11 +37,6 @@ class Selection:
     @property
     def names(self) -> tuple[str, ...]:
         return self.companions + self.weights
-
-
-def is_text_tensor(name: str) -> bool:
-    """Whether a tensor of a checkpoint belongs to the text model."""
-    return not _NOT_TEXT.match(name)
 
 
 def select(repo: str, names: Iterable[str], selector: str | None, read_index: Callable[[], object]) -> Selection:
@@ -92,7 +86,7 @@ def text_shards(repo: str, index: object) -> tuple[tuple[str, ...], tuple[str, .
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(map(_is_plain_name, weight_map.values())):
         raise G4Error(f"{INDEX} of {repo} has no weight_map from tensors to files.", hint="The repository is damaged.")
-    text = {shard for tensor, shard in weight_map.items() if is_text_tensor(tensor)}
+    text = {shard for tensor, shard in weight_map.items() if is_text(tensor)}
     if not text:
         raise G4Error(f"{INDEX} of {repo} lists no text tensor.", hint="Only Gemma 4 text models are supported.")
     return tuple(sorted(text)), tuple(sorted(set(weight_map.values()) - text))

@@ -21,16 +21,13 @@ from gemma4cli.model.attention import Attend, attend
 from gemma4cli.model.config import Gemma4Config
 from gemma4cli.model.gemma4 import Gemma4
 from gemma4cli.model.kv_cache import CacheSpec
+from gemma4cli.model.names import LM_HEAD, OTHER_MODALITIES, check_shapes, expected_shapes, is_text, our_name, some
 from gemma4cli.model.safetensors_map import MappedTensor, read_safetensors_header
 from gemma4cli.progress import SILENT, Progress
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-LM_HEAD = "lm_head.weight"
 
-# Multimodal checkpoints keep the text model here; text-only ones use our names already.
-_TEXT_PREFIX = "model.language_model."
-_SKIPPED_PREFIXES = ("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio.")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DAMAGED_HINT = "The file is damaged or incomplete; fetch it again: g4 pull"
 
@@ -68,13 +65,12 @@ class SafetensorsReader:
         self.config = Gemma4Config.from_dir(path)
         found: dict[str, MappedTensor] = {}
         skipped: set[str] = set()
-        for file, keys in _weight_files(path).items():
-            for key, entry in _read_header(file, keys).items():
-                prefix = next((prefix for prefix in _SKIPPED_PREFIXES if key.startswith(prefix)), None)
-                if prefix is not None:
-                    skipped.add(prefix)
+        for file, keys in weight_files(path).items():
+            for key, entry in _read_plain_header(file, keys).items():
+                if not is_text(key):
+                    skipped.add(next(prefix for prefix in OTHER_MODALITIES if key.startswith(prefix)))
                     continue
-                name = _our_name(key)
+                name = our_name(key)
                 if name in found:
                     raise G4Error(f"{path}: {name} is there twice, in {found[name].file.name} and {file.name}.")
                 found[name] = entry
@@ -155,33 +151,6 @@ def build_model(
     return model.eval().requires_grad_(False)
 
 
-def expected_shapes(config: Gemma4Config, *, untied: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shapes a checkpoint must have, with `lm_head.weight` when it has one of its own."""
-    shapes = config.parameter_shapes()
-    if untied:
-        shapes[LM_HEAD] = (config.vocab_size, config.hidden_size)
-    return shapes
-
-
-def check_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...] | None], *, where: str) -> None:
-    """Compare a checkpoint's tensors with a config's; a found shape of None is not compared.
-
-    Raises: G4Error naming the first tensors that are unmatched, missing or misshaped.
-    """
-    hint = "config.json and the weights belong to different models, or the download is incomplete: g4 pull"
-    if unmatched := [name for name in found if name not in expected]:
-        raise G4Error(
-            f"{where}: {_some(unmatched)} does not belong to the model that config.json describes.", hint=hint
-        )
-    if missing := [name for name in expected if name not in found]:
-        raise G4Error(f"{where}: {_some(missing)} is missing.", hint=hint)
-    for name, shape in found.items():
-        if shape is not None and shape != expected[name]:
-            raise G4Error(
-                f"{where}: {name} has shape {list(shape)}, but config.json makes it {list(expected[name])}.", hint=hint
-            )
-
-
 def check_finite(name: str, tensor: Tensor, *, where: Path) -> None:
     """Refuse a weight with a NaN or an infinity: one of them turns every answer into noise."""
     low, high = torch.aminmax(tensor)
@@ -189,8 +158,11 @@ def check_finite(name: str, tensor: Tensor, *, where: Path) -> None:
         raise G4Error(f"{where}: {name} holds a value that is not a finite number.", hint=_DAMAGED_HINT)
 
 
-def _weight_files(path: Path) -> dict[Path, set[str] | None]:
-    """Return each weight file with the names that the index expects in it, None when there is no index."""
+def weight_files(path: Path) -> dict[Path, set[str] | None]:
+    """Return each weight file with the keys that the index expects in it, None when there is no index.
+
+    Raises: G4Error when there are no weights, two kinds of them, or the index names a file that is not there.
+    """
     single, index = path / WEIGHTS_FILE, path / INDEX_FILE
     if single.exists() and index.exists():
         raise G4Error(f"{path} has both {WEIGHTS_FILE} and {INDEX_FILE}.", hint="Remove the one that is a leftover.")
@@ -207,35 +179,37 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
         if not isinstance(file, str) or Path(file).name != file:
             raise G4Error(f"{index} places {key} in {file!r}, which is not a file of this folder.")
         if not (path / file).is_file():
-            if key.startswith(_SKIPPED_PREFIXES):
+            if not is_text(key):
                 continue  # `g4 pull` leaves out shards that hold nothing else
             raise G4Error(f"{path / file} does not exist, but {INDEX_FILE} places {key} in it.", hint=_DAMAGED_HINT)
         files.setdefault(path / file, set()).add(key)
     return files
 
 
-def _read_header(file: Path, keys: set[str] | None) -> dict[str, MappedTensor]:
-    """Read a safetensors header; the library checks its length, its JSON and that the data cover the file exactly."""
+def read_weight_header(file: Path, keys: set[str] | None) -> tuple[dict[str, MappedTensor], dict[str, str]]:
+    """Return a weight file's tensors by key, and its metadata; `keys` is what the index expects in it, if there is one.
+
+    The library checks the header's length, its JSON and that the data cover the file exactly.
+
+    Raises: G4Error when the file is damaged or disagrees with the index.
+    """
     try:
-        entries, _ = read_safetensors_header(file)
+        entries, metadata = read_safetensors_header(file)
     except SafetensorError as error:
         raise G4Error(f"{file} is not a whole safetensors file: {error}.", hint=_DAMAGED_HINT) from None
+    if keys is not None and keys != set(entries):
+        lacking, extra = sorted(keys - set(entries)), sorted(set(entries) - keys)
+        what = f"lacks {some(lacking)}" if lacking else f"also has {some(extra)}"
+        raise G4Error(f"{file} does not agree with {INDEX_FILE}: it {what}.", hint=_DAMAGED_HINT)
+    return entries, metadata
+
+
+def _read_plain_header(file: Path, keys: set[str] | None) -> dict[str, MappedTensor]:
+    entries, _ = read_weight_header(file, keys)
     for key, entry in entries.items():
         if entry.dtype not in _DTYPES:
             raise G4Error(f"{file}: {key} has dtype {entry.dtype}; a plain checkpoint has {', '.join(_DTYPES)}.")
-    if keys is not None and keys != set(entries):
-        lacking, extra = sorted(keys - set(entries)), sorted(set(entries) - keys)
-        what = f"lacks {_some(lacking)}" if lacking else f"also has {_some(extra)}"
-        raise G4Error(f"{file} does not agree with {INDEX_FILE}: it {what}.", hint=_DAMAGED_HINT)
     return entries
-
-
-def _our_name(key: str) -> str:
-    return "model." + key.removeprefix(_TEXT_PREFIX) if key.startswith(_TEXT_PREFIX) else key
-
-
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
 def _stored_bytes(tensor: Tensor) -> int:

@@ -22,7 +22,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from gemma4cli.errors import G4Error
@@ -34,13 +33,13 @@ from gemma4cli.files import (
     write_json,
 )
 from gemma4cli.model.config import Gemma4Config
-from gemma4cli.model.safetensors_map import MappedTensor, read_safetensors_header
-from gemma4cli.model.weights import LM_HEAD, CheckpointReader, SafetensorsReader, expected_shapes
+from gemma4cli.model.weights import CheckpointReader, SafetensorsReader
 from gemma4cli.progress import SILENT, Progress, Task
-from gemma4cli.quant.gguf import tensors as _gguf_tensors  # noqa: F401 - lets torchao rebuild its classes
 from gemma4cli.quant.manifest import MANIFEST_FILE, CheckpointManifest, FileRecord, ManifestHead, TensorRecord
-from gemma4cli.quant.shards import ShardPlan, ShardWriter, plan_shards, shard_index, tensor_keys
-from gemma4cli.quant.torchao_types import unflatten_tensor_state_dict
+from gemma4cli.quant.shards import ShardPlan, ShardWriter, plan_shards, shard_index
+from gemma4cli.quant.stored import StoredCheckpoint, check_stored, read_stored
+from gemma4cli.quant.torchao_checkpoint import TorchaoCheckpoint
+from gemma4cli.quant.torchao_format import is_quantized_folder
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 4_000_000_000
@@ -58,7 +57,7 @@ class Checkpoint(CheckpointReader, Protocol):
 
 
 def open_checkpoint(path: Path, progress: Progress = SILENT, *, verify: bool = False) -> Checkpoint:
-    """Open a plain Hugging Face folder or a quantized checkpoint.
+    """Open a plain Hugging Face folder, a quantized checkpoint, or a folder that another program wrote with torchao.
 
     Args:
         verify: compare the SHA-256 of a quantized checkpoint's shards whatever their size.
@@ -76,6 +75,8 @@ def open_checkpoint(path: Path, progress: Progress = SILENT, *, verify: bool = F
         if any(record.group_size for record in checkpoint.manifest.tensors.values()):
             return checkpoint
         # Converted from a GGUF file of floats: as good a source for quantizing as any plain folder.
+    elif is_quantized_folder(path):
+        return TorchaoCheckpoint(path)
     return PlainCheckpoint(path, progress)
 
 
@@ -86,10 +87,8 @@ class PlainCheckpoint(SafetensorsReader):
     manifest = None
 
 
-class QuantizedCheckpoint:
+class QuantizedCheckpoint(StoredCheckpoint):
     """A folder that `write_checkpoint` wrote, validated on opening."""
-
-    is_quantized = True
 
     def __init__(self, path: Path, progress: Progress = SILENT, *, verify: bool = False) -> None:
         self.path = path
@@ -98,47 +97,14 @@ class QuantizedCheckpoint:
         shards = [name for name in self.manifest.files if name.endswith(".safetensors")]
         total = sum(self.manifest.files[name].bytes for name in shards)
         _check_files(path, self.manifest.files, shards, verify or total < ALWAYS_VERIFIED_BYTES, progress)
-        self._stored = {name: tensor for shard in shards for name, tensor in _read_shard(path / shard).items()}
-        _check_names(path, self.config, set(self._stored), set(self.manifest.tensors))
+        self._stored = read_stored({path / shard: None for shard in shards})
+        if names := set(self.manifest.tensors) ^ set(self._stored):
+            raise G4Error(f"{path} and its {MANIFEST_FILE} disagree about {min(names)}.", hint=_AGAIN)
+        check_stored(path, self.config, self._stored)
 
     @property
     def nbytes(self) -> int:
         return self.manifest.head.totals.weight_bytes
-
-    def names(self) -> list[str]:
-        return list(self._stored)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._stored[name].load()
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self._stored:
-            yield name, self.tensor(name)
-
-
-@dataclass(frozen=True)
-class _StoredTensor:
-    """One tensor in a shard: its pieces by key, and torchao's description of how they make it."""
-
-    name: str
-    description: str
-    pieces: Mapping[str, MappedTensor]
-
-    def load(self) -> Tensor:
-        """Let torchao rebuild the tensor on the mapped pieces."""
-        metadata = {self.name: self.description, "tensor_names": json.dumps([self.name])}
-        pieces = {key: piece.map() for key, piece in self.pieces.items()}
-        return unflatten_tensor_state_dict(pieces, metadata)[0][self.name]
-
-
-def _read_shard(path: Path) -> dict[str, _StoredTensor]:
-    try:
-        pieces, metadata = read_safetensors_header(path)
-        names = json.loads(metadata["tensor_names"])
-        keys = {name: tensor_keys(name, metadata).values() for name in names}
-        return {name: _StoredTensor(name, metadata[name], {key: pieces[key] for key in keys[name]}) for name in names}
-    except (SafetensorError, KeyError, TypeError, ValueError):
-        raise G4Error(f"{path} has a damaged header.", hint=_AGAIN) from None
 
 
 def _check_files(
@@ -157,18 +123,6 @@ def _check_files(
             )
         if (name not in shards or verify_shards) and sha256_file(file, progress) != record.sha256:
             raise G4Error(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST_FILE}.", hint=_AGAIN)
-
-
-def _check_names(path: Path, config: Gemma4Config, stored: set[str], listed: set[str]) -> None:
-    # A tied lm_head may be stored on its own, quantized in another way than the embedding.
-    wanted = set(expected_shapes(config, untied=LM_HEAD in stored))
-    for what, names in (
-        ("lacks", wanted - stored),
-        ("has the unknown tensor", stored - wanted),
-        (f"and its {MANIFEST_FILE} disagree about", listed ^ stored),
-    ):
-        if names:
-            raise G4Error(f"{path} {what} {min(names)}.", hint=_AGAIN)
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

@@ -19,6 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from gemma4cli.quant.torchao_format import part_keys
 from gemma4cli.quant.torchao_types import flatten_tensor_state_dict
 
 _DTYPES = {
@@ -103,19 +104,16 @@ def _plan(file: str, tensors: Mapping[str, Tensor]) -> ShardPlan:
     return ShardPlan(
         file,
         len(text).to_bytes(8, "little") + text,
-        {name: tensor_keys(name, metadata) for name in tensors},
+        {name: _tensor_keys(name, metadata) for name in tensors},
         {key: (start + begin, start + end) for key, (begin, end) in spans.items()},
         start + position,
     )
 
 
-def tensor_keys(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return attribute -> key, following torchao's naming `module._weight_attribute`."""
+def _tensor_keys(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return attribute -> key of one tensor, "" -> name for a plain one."""
     attributes = json.loads(metadata[name]).get("_tensor_data_names")
-    if attributes is None:
-        return {"": name}
-    module, _, weight = name.rpartition(".")
-    return {attribute: f"{module}._{weight}_{attribute}" for attribute in attributes}
+    return {"": name} if attributes is None else part_keys(name, attributes)
 
 
 class ShardWriter:

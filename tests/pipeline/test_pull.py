@@ -12,19 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from gguf import GGMLQuantizationType, GGUFValueType
-from safetensors.torch import save_file
 
 from gemma4cli.errors import G4Error
 from gemma4cli.hub.cache import RepoCache
 from gemma4cli.hub.client import Hub, RetryPolicy
 from gemma4cli.hub.download import fetch
 from gemma4cli.progress import SILENT, Progress, Task
+from gemma4cli.quant.checkpoint import open_checkpoint
 from tests.support.gguf_writer import describe, write, write_split
 from tests.support.hub_server import Fault, HubServer, etag_of
 from tests.support.pulling import REPO, Machine, folder_files, small_gguf
-from tests.support.tiny import tiny_config_dict, write_checkpoint
+from tests.support.tiny import write_checkpoint
+from tests.support.torchao_saver import quantized_tensors, save
 
 NEEDED = {
     "config.json",
@@ -265,47 +265,53 @@ class TestGGUF:
         assert document["precision"] == "Q4_0 (83), F32 (86)"
 
 
-class TestQuantized:
-    def torchao_files(self, tmp_path: Path, kind: str = "Int4Tensor") -> dict[str, bytes]:
-        name = "embed_tokens.weight"
-        metadata = {"tensor_names": json.dumps([name]), name: json.dumps({"_type": kind, "_data": {}})}
-        save_file({"embed_tokens._weight_qdata": torch.zeros(8, 8, dtype=torch.uint8)}, tmp_path / BIG, metadata)
-        return {
-            BIG: (tmp_path / BIG).read_bytes(),
-            "config.json": json.dumps(tiny_config_dict()).encode(),
-            "tokenizer.json": b"{}",
-        }
+@pytest.fixture(scope="module")
+def prequantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What ExecuTorch's example publishes: no chat template, no generation settings."""
+    source = write_checkpoint(tmp_path_factory.mktemp("source"))
+    folder = save(tmp_path_factory.mktemp("prequantized"), source, quantized_tensors(source), lent=False)
+    return folder_files(folder)
 
-    def test_torchao_tensors_are_recognized(self, machine: Machine, tmp_path: Path) -> None:
-        machine.hub.add(REPO, self.torchao_files(tmp_path))
+
+class TestQuantized:
+    def test_torchao_tensors_are_recognized(self, machine: Machine, prequantized: dict[str, bytes]) -> None:
+        machine.hub.add(REPO, prequantized)
+        planned = machine.pull(REPO, "--dry-run", "--json")
+        assert json.loads(planned.stdout)["format"] == "torchao", planned.stderr
+        assert not machine.repo_cache.exists()
         done = machine.pull(REPO, "--json")
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["format"] == "torchao"
-        assert json.loads(done.stdout)["precision"] == "Int4Tensor"
+        document = json.loads(done.stdout)
+        assert (document["format"], document["tensors"]) == ("torchao", 169)
+        assert document["precision"] == "int4 (83), int8 (1)"
         assert "has no generation_config.json and no chat_template.jinja" in done.stderr
+        assert open_checkpoint(Path(document["path"])).is_quantized
 
     def test_what_31b_int4_lacks_is_lent_by_the_original(
-        self, machine: Machine, tmp_path: Path, checkpoint: dict[str, bytes]
+        self, machine: Machine, prequantized: dict[str, bytes], checkpoint: dict[str, bytes]
     ) -> None:
-        machine.hub.add("SocialLocalMobile/gemma-4-31B-it-HQQ-INT4", self.torchao_files(tmp_path))
+        machine.hub.add("SocialLocalMobile/gemma-4-31B-it-HQQ-INT4", prequantized)
         machine.hub.add("google/gemma-4-31B-it", checkpoint)
+        assert "Next: g4 export" in machine.pull("31b-int4").stderr
         done = machine.pull("31b-int4", "--quiet")
         assert done.returncode == 0, done.stderr
         folder = Path(done.stdout.strip())
         assert folder.parent == machine.home / "g4" / "models"
         assert {path.name for path in folder.iterdir()} == NEEDED
         assert (folder / "chat_template.jinja").read_bytes() == checkpoint["chat_template.jinja"]
-        assert machine.hub.count("google/gemma-4-31B-it/resolve") == 3
+        assert machine.hub.count("google/gemma-4-31B-it/resolve") == 2
+        assert open_checkpoint(folder).manifest.head.source.files[BIG].sha256 == etag_of(BIG, prequantized[BIG])
         offline = machine.pull("31b-int4", "--offline", "--quiet", endpoint="http://127.0.0.1:9")
         assert offline.stdout == done.stdout, offline.stderr
 
     def test_a_torchao_class_g4_does_not_know_is_refused_before_the_download(
-        self, machine: Machine, tmp_path: Path
+        self, machine: Machine, prequantized: dict[str, bytes]
     ) -> None:
-        machine.hub.add(REPO, self.torchao_files(tmp_path, "NVFP4Tensor"))
+        data = prequantized[BIG].replace(b'\\"_type\\": \\"Int4Tensor\\"', b'\\"_type\\": \\"NVFP4Tenso\\"', 1)
+        machine.hub.add(REPO, {**prequantized, BIG: data})
         done = machine.pull(REPO)
         assert done.returncode == 1
-        assert f"{REPO}/model.safetensors holds torchao tensors of type NVFP4Tensor" in done.stderr
+        assert f"{REPO}/model.safetensors holds torchao tensors of type NVFP4Tenso" in done.stderr
         assert not machine.repo_cache.exists()
 
 

@@ -34,6 +34,7 @@ _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
+_FLOAT_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 # Far above any real file (31B: 51 keys, 833 tensors, 514,906 merges); they keep a hostile file's memory small.
 _MAX_KEYS = _MAX_TENSORS = 1 << 16
 _MAX_ITEMS = 1 << 22
@@ -139,6 +140,17 @@ def open_gguf(paths: list[Path]) -> GGUF:
                 raise G4Error(f"{file.path} repeats tensor {name} of {tensors[name].file.path.name}.", hint=_DAMAGED)
             tensors[name] = tensor
     return GGUF(tuple(file.path for file in files), files[0].metadata, tensors)
+
+
+def is_quantized_gguf(path: Path) -> bool:
+    """Whether a GGUF model has any tensor of another type than a float.
+
+    Raises: G4Error as `open_gguf` does.
+    """
+    gguf = open_gguf([path])
+    is_quantized = any(tensor.type not in _FLOAT_TYPES for tensor in gguf.tensors.values())
+    gguf.close()
+    return is_quantized
 
 
 def _map(path: Path) -> mmap.mmap:
