@@ -1,0 +1,173 @@
+"""From a checkpoint to the `.ptd` of a CUDA program: one entry per buffer of ``CudaModel``, packed slab by slab.
+
+The file depends on the weights and the signature only, and its size on the signature alone. Memory holds a few slabs,
+whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gemma4cli.export.cuda.layers import CudaCache, PackedMatrix, TurboQuant
+from gemma4cli.export.cuda.model import CudaModel, Signature
+from gemma4cli.export.flat_tensor import DataLayout, DataTensor, DataWriter, lay_out, writing
+from gemma4cli.progress import SILENT, Progress
+from gemma4cli.quant.checkpoint import Checkpoint
+from gemma4cli.quant.pack import pack_weight
+
+_PREFIX = "model."  # of CudaModel within `export.trace.Step`
+_PARTS = ("codes", "high", "sub", "step")
+_SLAB_WEIGHTS = 1 << 20
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One constant of the program as ExecuTorch's CUDA delegate looks it up; `is_state` for caches, which start as 0.
+
+    Attributes:
+        fqn: the name of the constant in the exported program.
+    """
+
+    fqn: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    is_state: bool
+
+    @property
+    def storage_key(self) -> str:
+        """Its name in the `.ptd`, as `executorch/backends/cuda/cuda_weight_collector.py` forms it."""
+        return f"cuda_fqn_weight:cuda:{self.fqn}"
+
+
+def weight_entries(signature: Signature) -> list[WeightEntry]:
+    """List every buffer and parameter of the program, in the order of the file but for the caches, which come last."""
+    return _entries(_meta_model(signature))
+
+
+def planned_bytes(signature: Signature) -> int:
+    """Return what the `.ptd` takes on the disk. Its size as listed is larger: empty caches are a hole in it."""
+    return _layout(weight_entries(signature)).written_bytes
+
+
+def state_bytes(signature: Signature) -> int:
+    """Return the bytes of all caches on the device."""
+    return sum(entry.nbytes for entry in weight_entries(signature) if entry.is_state)
+
+
+def write_weights(path: Path, signature: Signature, checkpoint: Checkpoint, progress: Progress = SILENT) -> None:
+    """Pack a checkpoint into the data file `path`, which is whole afterwards or not there.
+
+    Args: checkpoint: one whose signature this is.
+    Raises: G4Error when the disk is too small or fails, or a weight has no packed form.
+    """
+    model = _meta_model(signature)
+    entries = _entries(model)
+    layout = _layout(entries)
+    threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    with writing(path, layout) as writer, ThreadPoolExecutor(threads) as pool:
+        packing = _Packing(model, writer, pool)
+        total = sum(entry.nbytes for entry in entries if not entry.is_state)
+        with progress.phase("pack", total) as task:
+            for name, value in _constants(model):
+                task.advance(packing.put_plain(name, value))
+            for name in checkpoint.names():
+                for count in packing.put(name, checkpoint.tensor(name)):
+                    task.advance(count, name)
+        packing.check_complete(entries)
+
+
+class _Packing:
+    """Puts tensors of a checkpoint where the program expects them."""
+
+    def __init__(self, model: CudaModel, writer: DataWriter, pool: ThreadPoolExecutor) -> None:
+        self._model, self._writer, self._pool = model, writer, pool
+        self._names = {module: name for name, module in model.named_modules()}
+        self._key = {entry.fqn.removeprefix(_PREFIX): entry.storage_key for entry in _entries(model)}
+        self._written: dict[str, int] = dict.fromkeys(self._key, 0)
+
+    def put(self, name: str, tensor: Tensor) -> Iterator[int]:
+        """Write a tensor of the checkpoint; yields the bytes written as they are."""
+        place, part = self._model._place(name)
+        prefix = f"{self._names[place]}."
+        if isinstance(place, PackedMatrix):
+            yield from self._put_matrix(prefix, place, name, tensor, int(part))
+        else:
+            yield self.put_plain(prefix + part, tensor.to(getattr(place, part).dtype))
+
+    def put_plain(self, name: str, value: Tensor) -> int:
+        """Write a whole buffer."""
+        self._written[name] += self._write(name, 0, value)
+        return self._written[name]
+
+    def check_complete(self, entries: list[WeightEntry]) -> None:
+        """Every byte but the caches' must have been written, once."""
+        for entry in entries:
+            name = entry.fqn.removeprefix(_PREFIX)
+            wanted = 0 if entry.is_state else entry.nbytes
+            assert self._written[name] == wanted, f"{name}: {self._written[name]} of {wanted} bytes were written"
+
+    def _put_matrix(self, prefix: str, place: PackedMatrix, name: str, tensor: Tensor, first: int) -> Iterator[int]:
+        rows = tensor.shape[0]
+        step = max(1, _SLAB_WEIGHTS // place.columns)
+
+        def slab(start: int) -> list[tuple[str, int]]:
+            packed = pack_weight(tensor[start : start + step], name, place.format.has_min)
+            parts = ((prefix + part, getattr(packed, part)) for part in _PARTS)
+            return [(part, self._write(part, first + start, data)) for part, data in parts if data is not None]
+
+        for written in self._pool.map(slab, range(0, rows, step)):
+            for part, count in written:
+                self._written[part] += count
+            yield sum(count for _, count in written)
+
+    def _write(self, name: str, row: int, value: Tensor) -> int:
+        data = memoryview(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        row_bytes = data.nbytes // value.shape[0] if value.ndim else data.nbytes
+        self._writer.write(self._key[name], row * row_bytes, data)
+        return data.nbytes
+
+
+def _meta_model(signature: Signature) -> CudaModel:
+    with torch.device("meta"):
+        return CudaModel(signature)
+
+
+def _entries(model: CudaModel) -> list[WeightEntry]:
+    entries = []
+    for path, module in model.named_modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            fqn = f"{_PREFIX}{path}.{name}"
+            entries.append(
+                WeightEntry(fqn, tensor.dtype, tuple(tensor.shape), tensor.nbytes, isinstance(module, CudaCache))
+            )
+    return entries
+
+
+def _layout(entries: list[WeightEntry]) -> DataLayout:
+    return lay_out([DataTensor(e.storage_key, e.dtype, e.shape, e.nbytes, e.is_state) for e in entries])
+
+
+def _constants(model: CudaModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield what no checkpoint holds: the numbers that the architecture and the KV format bring along."""
+    scale = model.config.hidden_size**0.5
+    yield "constants.embed_scale", torch.tensor(scale).to(model.dtype)
+    for kind, rotary in model.rotary_emb.items():
+        yield f"rotary_emb.{kind}.inv_freq", rotary.inv_freq
+    if model.turboquant is not None:
+        sizes = [buffer.shape[0] for name, buffer in model.turboquant.named_buffers() if name != "table"]
+        for name, buffer in _built_on_cpu(sizes).named_buffers():
+            yield f"turboquant.{name}", buffer
+
+
+def _built_on_cpu(sizes: list[int]) -> nn.Module:
+    with torch.device("cpu"):
+        return TurboQuant(sizes)

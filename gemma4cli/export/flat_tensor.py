@@ -1,0 +1,185 @@
+"""Writing ExecuTorch's data files (`.ptd`) of any size: everything is placed first, then written in any order.
+
+ExecuTorch's own writer takes all data in memory. Here the flatbuffer in front follows from names, types and shapes
+alone, and the bytes are written at their places, by several threads, in pieces of any size.
+
+Every tensor starts on a page of its own. Tensors of zeros (caches that start empty) are one segment per size, shared by
+all of that size as the format allows, at the end of the file and never written: a hole, which reads as zeros and takes
+no disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gemma4cli.errors import G4Error
+from gemma4cli.files import require_free_space
+
+ALIGNMENT = 4096
+_FLATBUFFER_ALIGNMENT = 16
+# Dirty pages that may wait before the disk is set to work; it then writes while the next tensors are made.
+_FLUSH_BYTES = 256 << 20
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+@dataclass(frozen=True)
+class DataTensor:
+    """A contiguous tensor under a key; `is_zero` when all of it is 0."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    is_zero: bool = False
+
+
+@dataclass(frozen=True)
+class DataLayout:
+    """A whole file before it is written.
+
+    Attributes:
+        header: its first bytes, up to the first tensor.
+        offsets: key -> first byte in the file.
+        written_bytes: what takes disk; the rest up to `file_bytes` is the hole.
+    """
+
+    header: bytes
+    offsets: dict[str, int]
+    written_bytes: int
+    file_bytes: int
+
+
+def lay_out(tensors: Sequence[DataTensor]) -> DataLayout:
+    """Place tensors in their order, zeros last."""
+    from executorch.exir.tensor import scalar_type_enum
+    from executorch.exir.tensor_layout import TensorLayout
+    from executorch.extension.flat_tensor.serialize.flat_tensor_schema import DataSegment, NamedData
+
+    segments: list[DataSegment] = []
+    index: dict[str, int] = {}
+    of_zeros: dict[int, int] = {}
+    end = written = 0
+    for tensor in sorted(tensors, key=lambda tensor: tensor.is_zero):
+        shared = of_zeros.get(tensor.nbytes) if tensor.is_zero else None
+        if shared is None:
+            shared, start = len(segments), _aligned(end, ALIGNMENT)
+            segments.append(DataSegment(start, tensor.nbytes))
+            end = start + tensor.nbytes
+            if tensor.is_zero:
+                of_zeros[tensor.nbytes] = shared
+            else:
+                written = end
+        index[tensor.key] = shared
+    named = [
+        NamedData(t.key, index[t.key], TensorLayout(scalar_type_enum(t.dtype), [*t.shape], [*range(len(t.shape))]))
+        for t in tensors
+    ]
+    header = _header(segments, named, end)
+    base = len(header)
+    offsets = {tensor.key: base + segments[index[tensor.key]].offset for tensor in tensors}
+    return DataLayout(header, offsets, base + written, base + end)
+
+
+def _header(segments: list[object], named: list[object], data_bytes: int) -> bytes:
+    """Serialize what stands before the data with ExecuTorch's own flatbuffer code; padded to ALIGNMENT."""
+    from executorch.exir._serialize._program import _insert_flatbuffer_header
+    from executorch.extension.flat_tensor.serialize import serialize
+    from executorch.extension.flat_tensor.serialize.flat_tensor_schema import FlatTensor
+
+    table = FlatTensor(serialize._FLAT_TENSOR_VERSION, segments, named)
+    flatbuffer = bytes(serialize._serialize_to_flatbuffer(table))
+    start = _aligned(serialize.FlatTensorHeader.EXPECTED_LENGTH, _FLATBUFFER_ALIGNMENT)
+    base = _aligned(start + len(flatbuffer), ALIGNMENT)
+    header = serialize.FlatTensorHeader(start, len(flatbuffer), base, data_bytes).to_bytes()
+    return _insert_flatbuffer_header(flatbuffer, r"FT[0-9a-zA-Z][0-9a-zA-Z]", header.ljust(start, b"\0")).ljust(
+        base, b"\0"
+    )
+
+
+def _aligned(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
+
+
+class DataWriter:
+    """Bytes into a file that is being made; safe to use from several threads."""
+
+    def __init__(self, handle: int, layout: DataLayout) -> None:
+        self.layout = layout
+        self._handle = handle
+        self._pending = 0
+        self._lock = threading.Lock()
+        self._flusher: threading.Thread | None = None
+        self._failure: OSError | None = None
+
+    def write(self, key: str, start: int, data: memoryview) -> None:
+        """Write bytes of the tensor `key` from its byte `start` on."""
+        offset = self.layout.offsets[key] + start
+        count = len(data)
+        # One call writes at most 2 GiB, and less when the disk fills up.
+        while data:
+            written = os.pwrite(self._handle, data, offset)
+            data, offset = data[written:], offset + written
+        self._flush_sometimes(count)
+
+    def finish(self) -> None:
+        """Wait until everything is on the disk."""
+        if self._flusher is not None:
+            self._flusher.join()
+        if self._failure is not None:
+            raise self._failure
+        os.fsync(self._handle)
+
+    def _flush_sometimes(self, count: int) -> None:
+        with self._lock:
+            self._pending += count
+            if self._pending < _FLUSH_BYTES or (self._flusher is not None and self._flusher.is_alive()):
+                return
+            self._pending = 0
+            self._flusher = threading.Thread(target=self._flush, daemon=True)
+            self._flusher.start()
+
+    def _flush(self) -> None:
+        try:
+            os.fdatasync(self._handle)
+        except OSError as error:  # the system reports it once
+            self._failure = error
+
+
+@contextlib.contextmanager
+def writing(path: Path, layout: DataLayout) -> Iterator[DataWriter]:
+    """Yield a writer for `path`, which appears when the block ends well; what is never written reads as zeros.
+
+    Raises: G4Error before anything is written when the disk is too small, and when it refuses to take more.
+    """
+    require_free_space(path.parent, layout.written_bytes, f"Writing {path.name}")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        handle = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+        try:
+            os.truncate(handle, layout.file_bytes)
+            os.pwrite(handle, layout.header, 0)
+            writer = DataWriter(handle, layout)
+            yield writer
+            writer.finish()
+        finally:
+            os.close(handle)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise G4Error(
+            f"Writing {path.name} to {path.parent} failed: {os.strerror(error.errno)}.",
+            hint="Make room and run the same command again.",
+        ) from None
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
