@@ -20,24 +20,21 @@ from gguf.quants import dequantize as dequantize_by_gguf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gemma4cli.engine.base import GenerationRequest
-from gemma4cli.engine.eager import EagerEngine
 from gemma4cli.errors import G4Error
 from gemma4cli.model.chat import Chat
-from gemma4cli.model.settings import GREEDY, GenerationDefaults
+from gemma4cli.model.settings import GenerationDefaults
 from gemma4cli.quant.checkpoint import open_checkpoint
 from gemma4cli.quant.gguf.convert import convert_gguf, ensure_converted
 from gemma4cli.quant.gguf.keymap import gguf_name
 from gemma4cli.quant.tensors import dequantize
 from gemma4cli.quant.torchao_types import Int4Tensor, unflatten_tensor_state_dict
 from tests.conftest import Outcome
+from tests.support.answering import QUESTIONS, greedy_answers
 from tests.support.chat_fixture import DEMO
 from tests.support.gguf_writer import describe, random_blocks, write, write_split
 from tests.support.tiny import write_checkpoint
 
 RunG4 = Callable[..., Outcome]
-QUESTIONS = ("What is the capital of France?", "Spell garden backwards.")
-ANSWER_TOKENS = 20
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def original() -> dict[str, list[int]]:
     """What the demo model itself answers."""
-    return answers(DEMO)
-
-
-def answers(folder: Path) -> dict[str, list[int]]:
-    """Ask a checkpoint with its own tokenizer, template and stop ids; greedy."""
-    chat, found = Chat.from_dir(folder), {}
-    with EagerEngine.from_checkpoint(folder, context_length=256) as engine:
-        for question in QUESTIONS:
-            prompt = chat.prompt_ids([{"role": "user", "content": question}])
-            request = GenerationRequest(tuple(prompt), ANSWER_TOKENS, GREEDY, chat.stop_ids, session=question)
-            found[question] = [*engine.generate(request)]
-    return found
+    return greedy_answers(DEMO)
 
 
 def converted(path: Path, kind: GGML, embedding: GGML | None = None) -> Path:
@@ -71,13 +57,13 @@ def converted(path: Path, kind: GGML, embedding: GGML | None = None) -> Path:
 
 @pytest.mark.parametrize("kind", [GGML.F32, GGML.BF16, GGML.F16, GGML.Q8_0, GGML.Q6_K])
 def test_the_demo_model_answers_as_before(tmp_path: Path, original: dict[str, list[int]], kind: GGML) -> None:
-    assert answers(converted(tmp_path, kind)) == original
+    assert greedy_answers(converted(tmp_path, kind)) == original
 
 
 def test_the_demo_model_knows_paris_even_in_four_bits(tmp_path: Path) -> None:
     """With Q4_K linears and a Q6_K embedding, the mix that most people have."""
     folder = converted(tmp_path, GGML.Q4_K, GGML.Q6_K)
-    text = Chat.from_dir(folder).tokenizer.decode(answers(folder)[QUESTIONS[0]])
+    text = Chat.from_dir(folder).tokenizer.decode(greedy_answers(folder)[QUESTIONS[0]])
     assert "Paris" in text
 
 
@@ -95,7 +81,7 @@ def test_a_conversion_answers_as_gguf_pys_values_do(tmp_path: Path, kind: GGML) 
     theirs = tmp_path / "theirs"
     shutil.copytree(DEMO, theirs, ignore=shutil.ignore_patterns("*.safetensors", "eval.txt", "README.md"))
     save_file(weights, theirs / "model.safetensors", metadata={"format": "pt"})
-    assert answers(tmp_path / "ours") == answers(theirs)
+    assert greedy_answers(tmp_path / "ours") == greedy_answers(theirs)
 
 
 def test_every_part_of_the_folder(tmp_path: Path) -> None:
