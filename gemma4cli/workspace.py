@@ -108,6 +108,10 @@ class Workspace:
         kind, last = max(found, key=lambda item: item[1].at)
         return self._still_there(kind, last, say)
 
+    def resolve_runnable(self, given: str | Path | None, say: Say) -> Path:
+        """Find what can be run and measured: a bundle, checkpoint or model by path or name, else the last bundle."""
+        return self.resolve("bundle", None, say) if given is None else self._given(given, tuple(_FOLDERS)[::-1])
+
     def _given(self, given: str | Path, kinds: tuple[Kind, ...]) -> Path:
         path = Path(given).expanduser()
         if path.exists():

@@ -164,6 +164,7 @@ int64_t Engine::step(const int64_t* tokens, int64_t count, int64_t first_positio
   method.set_input(5, &sampling.min_p, {1});
   method.set_input(6, &sampling.seed, {1});
   method.execute();
+  last_executed_ = &method;
   int64_t token = 0;
   method.get_output(0, &token, sizeof(token));
   if (token < 0 || token >= contract_.vocab_size) {
@@ -171,6 +172,10 @@ int64_t Engine::step(const int64_t* tokens, int64_t count, int64_t first_positio
                       std::to_string(contract_.vocab_size) + ".");
   }
   return token;
+}
+
+void Engine::read_logits(float* logits) {
+  last_executed_->get_output(1, logits, static_cast<size_t>(contract_.vocab_size) * sizeof(float));
 }
 
 }  // namespace g4

@@ -55,6 +55,9 @@ class Engine {
   // count is 1 (decode) or 2 ... prefill_chunk (prefill).
   int64_t step(const int64_t* tokens, int64_t count, int64_t first_position, const Sampling& sampling);
 
+  // Copies the vocab_size logits that the last step's token was sampled from.
+  void read_logits(float* logits);
+
  private:
   void load_program(const std::string& folder);
   void load_backends();
@@ -70,6 +73,7 @@ class Engine {
   std::unique_ptr<PlannedMemory> memory_;
   std::unique_ptr<LoadedMethod> prefill_;
   std::unique_ptr<LoadedMethod> decode_;
+  LoadedMethod* last_executed_ = nullptr;
   bool state_in_arena_ = false;
   int64_t states_created_ = 0;
   int64_t active_state_ = 0;

@@ -5,6 +5,7 @@
 #include "protocol.h"
 #include "server.h"
 #include "session.h"
+#include "threads.h"
 
 #include <getopt.h>
 #include <unistd.h>
@@ -40,6 +41,7 @@ Without --tokens it serves requests on stdin (docs/runner-protocol.md).
   --min-p X              keep tokens at least X times as probable as the best (default: 0, off)
   --seed N               seed of the noise (default: 0)
   --stop IDS             token ids that end the answer (default: the model's own)
+  --threads N            compute with N threads (default: one per fast core)
   --json                 print one JSON document with tokens and statistics
   --version, --help
 
@@ -63,8 +65,8 @@ struct Options {
   g4::Request request;
 };
 
-enum Flag { kBundle = 1, kTokens, kTokensFile, kMaxNewTokens, kTemperature, kTopK, kTopP, kMinP, kSeed, kStop, kJson,
-            kVersion, kHelpFlag };
+enum Flag { kBundle = 1, kTokens, kTokensFile, kMaxNewTokens, kTemperature, kTopK, kTopP, kMinP, kSeed, kStop, kThreads,
+            kJson, kVersion, kHelpFlag };
 
 constexpr option kFlags[] = {
     {"bundle", required_argument, nullptr, kBundle},
@@ -77,6 +79,7 @@ constexpr option kFlags[] = {
     {"min-p", required_argument, nullptr, kMinP},
     {"seed", required_argument, nullptr, kSeed},
     {"stop", required_argument, nullptr, kStop},
+    {"threads", required_argument, nullptr, kThreads},
     {"json", no_argument, nullptr, kJson},
     {"version", no_argument, nullptr, kVersion},
     {"help", no_argument, nullptr, kHelpFlag},
@@ -111,6 +114,7 @@ void apply(Options& options, int flag, const std::string& value) {
     case kMinP: request.sampling.min_p = g4::parse_number(value, "--min-p"); return;
     case kSeed: request.sampling.seed = g4::parse_integer(value, "--seed"); return;
     case kStop: request.stop_ids = g4::parse_ids(value, "--stop"); options.default_stop = false; return;
+    case kThreads: g4::use_threads(g4::parse_integer(value, "--threads")); return;
     case kJson: options.json = true; return;
     case kVersion: std::puts("g4-runner " G4_VERSION); std::exit(0);
     case kHelpFlag: std::fputs(kHelp, stdout); std::exit(0);

@@ -1,6 +1,7 @@
 #include "protocol.h"
 
 #include "error.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <array>
@@ -105,6 +106,8 @@ Command parse_generate(Arguments& arguments, const std::vector<int64_t>& default
   if (const auto text = arguments.take("top_p")) request.sampling.top_p = parse_number(*text, "top_p");
   if (const auto text = arguments.take("min_p")) request.sampling.min_p = parse_number(*text, "min_p");
   if (const auto text = arguments.take("seed")) request.sampling.seed = parse_integer(*text, "seed");
+  if (const auto text = arguments.take("chunk")) request.chunk = parse_integer(*text, "chunk");
+  request.logits_file = arguments.take("logits").value_or("");
   return command;
 }
 
@@ -231,6 +234,7 @@ Json& add_contract(Json& json, const Engine& engine) {
       .add("eos_ids", contract.eos_ids)
       .add("bos_id", contract.bos_id)
       .add("backends", engine.backends())
+      .add("threads", thread_count())
       .add("load_s", std::optional<double>(engine.load_seconds()));
 }
 

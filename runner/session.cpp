@@ -2,9 +2,14 @@
 
 #include "error.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 
 namespace g4 {
 namespace {
@@ -23,6 +28,37 @@ void require(bool good, const char* sentence) {
 
 }  // namespace
 
+// A file or FIFO that rows of logits are appended to, in the machine's byte order.
+class LogitsFile {
+ public:
+  LogitsFile(const std::string& path, int64_t vocab_size)
+      : path_(path), row_(static_cast<size_t>(vocab_size)),
+        descriptor_(open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600)) {
+    if (descriptor_ < 0) fail();
+  }
+  ~LogitsFile() { close(descriptor_); }
+  LogitsFile(const LogitsFile&) = delete;
+  LogitsFile& operator=(const LogitsFile&) = delete;
+
+  void append(Engine& engine) {
+    engine.read_logits(row_.data());
+    const char* const bytes = reinterpret_cast<const char*>(row_.data());
+    for (size_t done = 0; done < row_.size() * sizeof(float);) {
+      const ssize_t count = write(descriptor_, bytes + done, row_.size() * sizeof(float) - done);
+      if (count < 0 && errno == EINTR) continue;
+      if (count < 0) fail();
+      done += static_cast<size_t>(count);
+    }
+  }
+
+ private:
+  [[noreturn]] void fail() const { throw RunnerError(path_ + " cannot be written: " + std::strerror(errno) + "."); }
+
+  std::string path_;
+  std::vector<float> row_;
+  int descriptor_;
+};
+
 void Session::check(const Request& request) const {
   const Contract& contract = engine_.contract();
   require(!request.tokens.empty(), "The prompt is empty.");
@@ -37,6 +73,9 @@ void Session::check(const Request& request) const {
       throw RunnerError("Token " + std::to_string(request.tokens[i]) + " at position " + std::to_string(i) +
                         " is outside the vocabulary of " + std::to_string(contract.vocab_size) + ".");
     }
+  }
+  if (request.chunk && (*request.chunk < 1 || *request.chunk > contract.prefill_chunk)) {
+    throw RunnerError("chunk must be from 1 to " + std::to_string(contract.prefill_chunk) + ".");
   }
   const Sampling& sampling = request.sampling;
   require(!request.max_new_tokens || *request.max_new_tokens >= 1, "max_new_tokens must be at least 1.");
@@ -67,7 +106,7 @@ void Session::rewind(int64_t length) {
   if (length == 0) written_ = 0;
 }
 
-int64_t Session::advance(const int64_t* tokens, int64_t count, const Sampling& sampling) {
+int64_t Session::advance(const int64_t* tokens, int64_t count, const Sampling& sampling, LogitsFile* logits) {
   const int64_t position = length();
   int64_t token;
   try {
@@ -78,17 +117,20 @@ int64_t Session::advance(const int64_t* tokens, int64_t count, const Sampling& s
   }
   held_.insert(held_.end(), tokens, tokens + count);
   written_ = std::max(written_, length());
+  if (logits != nullptr) logits->append(engine_);
   return token;
 }
 
 // Feeds the rest of the prompt; gives the first new token, or nothing when cancelled on the way.
-std::optional<int64_t> Session::prefill(const Request& request, const std::atomic<bool>& cancelled) {
+std::optional<int64_t> Session::prefill(const Request& request, const std::atomic<bool>& cancelled,
+                                        LogitsFile* logits) {
   std::optional<int64_t> token;
+  const int64_t chunk = request.chunk.value_or(engine_.contract().prefill_chunk);
   const auto total = static_cast<int64_t>(request.tokens.size());
   while (length() < total) {
     if (cancelled) return std::nullopt;
-    const int64_t count = std::min(engine_.contract().prefill_chunk, total - length());
-    token = advance(request.tokens.data() + length(), count, request.sampling);
+    const int64_t count = std::min(chunk, total - length());
+    token = advance(request.tokens.data() + length(), count, request.sampling, logits);
   }
   return token;
 }
@@ -96,6 +138,9 @@ std::optional<int64_t> Session::prefill(const Request& request, const std::atomi
 Outcome Session::generate(const Request& request, const std::function<void(int64_t)>& on_token,
                           const std::atomic<bool>& cancelled) {
   check(request);
+  std::optional<LogitsFile> file;
+  if (!request.logits_file.empty()) file.emplace(request.logits_file, engine_.contract().vocab_size);
+  LogitsFile* const logits = file ? &*file : nullptr;
   const Stopwatch whole;
   if (!engine_.activate(*state_)) rewind(0);
   rewind(reusable(request.tokens));
@@ -105,7 +150,7 @@ Outcome Session::generate(const Request& request, const std::function<void(int64
   stats.prompt_tokens = static_cast<int64_t>(request.tokens.size());
   stats.reused_tokens = length();
 
-  std::optional<int64_t> token = prefill(request, cancelled);
+  std::optional<int64_t> token = prefill(request, cancelled, logits);
   if (token) {
     stats.ttft_s = whole.seconds();
     stats.prefill_tok_s = static_cast<double>(stats.prompt_tokens - stats.reused_tokens) / *stats.ttft_s;
@@ -129,7 +174,7 @@ Outcome Session::generate(const Request& request, const std::function<void(int64
       break;
     }
     if (cancelled) break;
-    token = advance(&*token, 1, request.sampling);
+    token = advance(&*token, 1, request.sampling, logits);
     ++steps;
   }
   stats.generated_tokens = static_cast<int64_t>(outcome.tokens.size());

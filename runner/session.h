@@ -18,6 +18,8 @@ struct Request {
   std::optional<int64_t> max_new_tokens;  // absent: until the context is full
   Sampling sampling;
   std::vector<int64_t> stop_ids;
+  std::optional<int64_t> chunk;           // most tokens of the prompt per step; absent: as many as the program takes
+  std::string logits_file;                // every step appends its V float32 logits to it; empty: nobody wants them
 };
 
 // Rates and times that were not measured are absent.
@@ -36,6 +38,8 @@ struct Outcome {
   Stats stats;
 };
 
+class LogitsFile;
+
 class Session {
  public:
   explicit Session(Engine& engine) : engine_(engine), state_(engine.new_session_state()) {}
@@ -51,8 +55,8 @@ class Session {
   void check(const Request& request) const;
   int64_t reusable(const std::vector<int64_t>& tokens) const;
   void rewind(int64_t length);
-  int64_t advance(const int64_t* tokens, int64_t count, const Sampling& sampling);
-  std::optional<int64_t> prefill(const Request& request, const std::atomic<bool>& cancelled);
+  int64_t advance(const int64_t* tokens, int64_t count, const Sampling& sampling, LogitsFile* logits);
+  std::optional<int64_t> prefill(const Request& request, const std::atomic<bool>& cancelled, LogitsFile* logits);
 
   Engine& engine_;
   std::unique_ptr<SessionState> state_;

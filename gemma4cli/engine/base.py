@@ -26,6 +26,7 @@ class GenerationRequest:
     max_new_tokens: at most this many tokens are generated; None means until the context is full.
     stop_ids: ids that end the answer. The stop id itself is neither yielded nor counted.
     session: requests of one session share a cache; sessions never see each other.
+    chunk: the prompt is read in pieces of at most this many tokens; None means as many as the engine takes at once.
     """
 
     tokens: tuple[int, ...]
@@ -33,12 +34,15 @@ class GenerationRequest:
     sampling: SamplingSettings
     stop_ids: frozenset[int]
     session: str = "default"
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens:
             raise G4Error("The prompt is empty.", hint="Give at least one token.")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise G4Error(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if self.chunk is not None and self.chunk < 1:
+            raise G4Error(f"chunk is {self.chunk}; it must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -37,9 +37,12 @@ from gemma4cli.model.weights import build_model
 from gemma4cli.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from gemma4cli.quant.checkpoint import Checkpoint
 
 DEFAULT_PREFILL_CHUNK = 512
+_SCORING_SESSION = "g4.logits"
 
 
 @dataclass
@@ -132,15 +135,30 @@ class EagerEngine(Engine):
     def context_length(self) -> int:
         return self.model.cache.context_length
 
+    @property
+    def load_s(self) -> float:
+        """Seconds it took to load the checkpoint."""
+        return self._load_s
+
     def generate(self, request: GenerationRequest) -> Generation:
         self.check_fits(request)
-        if not all(0 <= token < self.model.config.vocab_size for token in request.tokens):
-            raise G4Error(
-                f"The prompt has a token outside the vocabulary of {self.model.config.vocab_size}.",
-                hint="The tokenizer belongs to another model.",
-            )
+        self._check_vocabulary(request.tokens)
         started = time.perf_counter()
         return Generation(lambda cancelled: self._answer(request, cancelled, started))
+
+    def logits(self, tokens: Sequence[int], *, chunk: int | None = None) -> Iterator[np.ndarray]:
+        """Read tokens from position 0 and yield float32 [n, V] blocks: for each token, what the model expects next.
+
+        Args:
+            chunk: tokens per step; None means as many as the caches allow.
+        """
+        self._check_vocabulary(tokens)
+        session = self._open_session(_SCORING_SESSION)
+        session.tokens.clear()
+        session.written, session.owner = 0, object()
+        step = min(chunk or self.model.cache.prefill_chunk, self.model.cache.prefill_chunk)
+        for start in range(0, len(tokens), step):
+            yield self._advance(session, tokens[start : start + step], last_only=False)[0].float().cpu().numpy()
 
     def close(self) -> None:
         self._sessions.clear()
@@ -164,10 +182,11 @@ class EagerEngine(Engine):
             stats = self._stats(clock, len(request.tokens), reused, len(generated))
             return GenerationResult(tuple(generated), reason, stats)
 
-        for start in range(reused, len(request.tokens), cache.prefill_chunk):
+        chunk = min(request.chunk or cache.prefill_chunk, cache.prefill_chunk)
+        for start in range(reused, len(request.tokens), chunk):
             if cancelled.is_set():
                 return end("cancelled")
-            token = read(request.tokens[start : start + cache.prefill_chunk])
+            token = read(request.tokens[start : start + chunk])
         clock.first_token = time.perf_counter()
         while token not in request.stop_ids:
             generated.append(token)
@@ -180,6 +199,13 @@ class EagerEngine(Engine):
             token = read([token])
         return end("stop")
 
+    def _check_vocabulary(self, tokens: Sequence[int]) -> None:
+        if not all(0 <= token < self.model.config.vocab_size for token in tokens):
+            raise G4Error(
+                f"The prompt has a token outside the vocabulary of {self.model.config.vocab_size}.",
+                hint="The tokenizer belongs to another model.",
+            )
+
     def _open_session(self, name: str) -> _Session:
         if name not in self._sessions:
             caches = list(self.model.kv_caches())
@@ -189,9 +215,15 @@ class EagerEngine(Engine):
             self._sessions[name] = _Session(fresh)
         return self._sessions[name]
 
-    @torch.no_grad()
     def _read(self, session: _Session, tokens: Sequence[int], settings: tuple[Tensor, ...] | None) -> int:
         """Read tokens into a session's caches and choose the next one; without settings the most probable."""
+        logits = self._advance(session, tokens)[:, -1]
+        position = torch.tensor([len(session.tokens) - 1], device=self._device)
+        return int(logits.argmax() if settings is None else sample(logits, position, *settings))
+
+    @torch.no_grad()
+    def _advance(self, session: _Session, tokens: Sequence[int], *, last_only: bool = True) -> Tensor:
+        """Read tokens into a session's caches; returns logits [1, 1 or T, V]."""
         for cache, (k, v) in zip(self.model.kv_caches(), session.caches, strict=True):
             cache.k, cache.v = k, v
         start = len(session.tokens)
@@ -200,9 +232,9 @@ class EagerEngine(Engine):
         session.written = max(session.written, end)
         forward = self._decode if len(tokens) == 1 else self.model
         input_pos = torch.arange(start, end, device=self._device)
-        logits = forward(torch.tensor([tokens], device=self._device), input_pos)[:, -1]
+        logits = forward(torch.tensor([tokens], device=self._device), input_pos, last_only)
         session.tokens.extend(tokens)
-        return int(logits.argmax() if settings is None else sample(logits, input_pos[-1:], *settings))
+        return logits
 
     def _stats(self, clock: _Clock, prompt: int, reused: int, generated: int) -> GenerationStats:
         first = clock.first_token

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import re
+import select
 import signal
 import subprocess
+import tempfile
 import threading
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma4cli import native
 from gemma4cli.engine.base import (
@@ -28,6 +32,10 @@ from gemma4cli.engine.base import (
     TokenStream,
 )
 from gemma4cli.errors import G4Error
+from gemma4cli.model.settings import GREEDY
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PROTOCOL_VERSION = 1
 LOAD_TIMEOUT_S = 1800.0
@@ -35,6 +43,7 @@ LOAD_TIMEOUT_S = 1800.0
 
 _CLOSE_TIMEOUT_S = 5.0
 _CANCEL_POLL_S = 0.05
+_SCORING_SESSION = "g4.logits"
 _SESSION_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _STAT_NAMES = tuple(field.name for field in fields(GenerationStats))
 
@@ -46,11 +55,14 @@ class RunnerEngine(Engine):
 
     Args:
         bundle: folder with ``model.pte``.
+        threads: how many it computes with on the CPU; None means one per fast core.
         load_timeout_s: how long loading may take.
     Raises: G4Error with the runner's own sentence when it refuses the bundle, or saying how it died.
     """
 
-    def __init__(self, bundle: Path, *, load_timeout_s: float = LOAD_TIMEOUT_S) -> None:
+    def __init__(
+        self, bundle: Path, *, threads: int | None = None, load_timeout_s: float = LOAD_TIMEOUT_S
+    ) -> None:
         self._bundle = bundle
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._stderr_tail: deque[str] = deque(maxlen=20)
@@ -58,7 +70,7 @@ class RunnerEngine(Engine):
         self._next_id = 0
         # A session of its own: Ctrl-C in the terminal must stop an answer, not the process that holds the model.
         self._process = subprocess.Popen(
-            [native.find_runner(), "--bundle", bundle],
+            [native.find_runner(), "--bundle", bundle, *(() if threads is None else ("--threads", str(threads)))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -89,6 +101,46 @@ class RunnerEngine(Engine):
         self.check_fits(request)
         return Generation(lambda cancelled: self._stream(request, cancelled))
 
+    def logits(self, tokens: Sequence[int], *, chunk: int | None = 1) -> Iterator[np.ndarray]:
+        """Read tokens from position 0 and yield float32 [1, V] rows: after each chunk, what the model expects next.
+
+        Args:
+            chunk: tokens per step. A program gives the logits of a step's last token only, so with 1 there is a row for
+                every token.
+        """
+        import numpy as np
+
+        size = 4 * self.contract["vocab_size"]
+        request = GenerationRequest(tuple(tokens), 1, GREEDY, frozenset(), _SCORING_SESSION, chunk)
+        self.check_fits(request)
+        with tempfile.TemporaryDirectory(prefix="g4-") as folder, _Fifo(Path(folder) / "logits") as fifo:
+            with contextlib.suppress(G4Error):  # the first time there is no such session
+                self.close_session(_SCORING_SESSION)
+            generation = Generation(lambda cancelled: self._stream(request, cancelled, fifo.path))
+            ended = threading.Event()
+            failures: list[G4Error] = []
+
+            def drive() -> None:
+                try:
+                    list(generation)
+                except G4Error as error:
+                    failures.append(error)
+                finally:
+                    ended.set()
+
+            driver = threading.Thread(target=drive, daemon=True)
+            driver.start()
+            try:
+                while (row := fifo.read(size, ended)) is not None:
+                    yield np.frombuffer(row, dtype=np.float32)[None]
+            finally:
+                generation.cancel()
+                while driver.is_alive():  # it may be blocked by a full pipe
+                    fifo.read(size, ended)
+                driver.join()
+        if failures:
+            raise failures[0]
+
     def close_session(self, session: str) -> None:
         """Free the KV cache of a session; the next request of that name starts over."""
         with self._lock:
@@ -114,11 +166,13 @@ class RunnerEngine(Engine):
             if pipe is not None:
                 pipe.close()
 
-    def _stream(self, request: GenerationRequest, cancelled: threading.Event) -> TokenStream:
+    def _stream(
+        self, request: GenerationRequest, cancelled: threading.Event, logits: Path | None = None
+    ) -> TokenStream:
         with self._lock:
             request_id = self._next_id
             self._next_id += 1
-            self._send(_generate_line(request_id, request))
+            self._send(_generate_line(request_id, request) + (f" logits={logits}" if logits else ""))
             tokens: list[int] = []
             finished = cancel_sent = False
             try:
@@ -222,6 +276,33 @@ class RunnerEngine(Engine):
                 self._stderr_tail.append(text)
 
 
+class _Fifo:
+    """A named pipe that another process writes to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        os.mkfifo(path)
+        # Open for writing too: then reading never sees the end of the file, and opening does not wait for a writer.
+        self._descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+    def read(self, size: int, ended: threading.Event) -> bytes | None:
+        """Return the next `size` bytes, or None when the writer has `ended` and left no more."""
+        data = b""
+        while len(data) < size:
+            last_look = ended.is_set()
+            if select.select([self._descriptor], [], [], 0 if last_look else _CANCEL_POLL_S)[0]:
+                data += os.read(self._descriptor, size - len(data))
+            elif last_look:
+                return None
+        return data
+
+    def __enter__(self) -> _Fifo:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+
+
 def _generate_line(request_id: int, request: GenerationRequest) -> str:
     sampling = request.sampling
     arguments = {
@@ -237,6 +318,8 @@ def _generate_line(request_id: int, request: GenerationRequest) -> str:
     }
     if request.max_new_tokens is not None:
         arguments["max_new_tokens"] = request.max_new_tokens
+    if request.chunk is not None:
+        arguments["chunk"] = request.chunk
     return "generate " + " ".join(f"{name}={value}" for name, value in arguments.items())
 
 

@@ -18,6 +18,8 @@ from gemma4cli.inspection.weights import list_state, list_weights
 Document = dict[str, Any]
 
 _PRINTABLE_SPEC_BYTES = 200
+_CONTEXT_OF = "h200"
+"""Whose CUDA context is counted when no GPU is named."""
 
 
 def overview(artifact: Artifact) -> Document:
@@ -149,7 +151,11 @@ def _delegate(part: DelegatePart) -> Document:
 
 def _spec_text(value: bytes) -> str:
     text = value.decode("utf-8", "replace")
-    return text if text.isprintable() and len(value) <= _PRINTABLE_SPEC_BYTES else f"{len(value)} bytes: {value[:16].hex()}…"
+    return (
+        text
+        if text.isprintable() and len(value) <= _PRINTABLE_SPEC_BYTES
+        else f"{len(value)} bytes: {value[:16].hex()}…"
+    )
 
 
 def _library(key: str | None, part: DelegatePart) -> Document:
@@ -200,6 +206,7 @@ def weights(artifact: Artifact) -> Document:
         "weights": [
             {
                 "name": w.name,
+                "short_name": w.short_name,
                 "layer": w.layer,
                 "role": w.role,
                 "format": w.format,
@@ -239,12 +246,14 @@ def state(artifact: Artifact) -> Document:
 def memory(artifact: Artifact, gpu: Gpu | None = None) -> Document:
     """Predicted memory for this export, and for exports with other context lengths."""
     model = memory_model(artifact)
-    context = gpu.context_bytes if gpu else GPUS["h200"].context_bytes if model.device == "cuda" else 0
+    card = (gpu or GPUS[_CONTEXT_OF]) if model.device == "cuda" else None
+    context = card.context_bytes if card else 0
     return {
         "device": model.device,
+        "context_of": card.name if card else None,
         "workspace_is_known": model.workspace_is_known,
         "now": model.at(None, context).to_json(),
-        "by_context": [model.at(tokens, context).to_json() for tokens in interesting_lengths(model)],
+        "by_context": [model.at(tokens, context).to_json() for tokens in interesting_lengths(artifact, model)],
     }
 
 
@@ -260,4 +269,3 @@ def check(found: GpuCheck) -> Document:
         "longest_context": found.longest_context,
         "most_shared_memory": _kernel(worst) if worst else None,
     }
-

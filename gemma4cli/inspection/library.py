@@ -48,7 +48,6 @@ class Kernel:
     dynamic_shared_bytes: int | None
     launches: int | None
 
-
     @property
     def shared_bytes(self) -> int:
         """Static and, where it is known, dynamic shared memory of a block."""
@@ -62,6 +61,10 @@ class KernelImage:
     kernels: tuple[Kernel, ...]
     ptx: tuple[Architecture, ...]
     closed: tuple[Architecture, ...]
+
+    @property
+    def architectures(self) -> set[Architecture]:
+        return {*self.closed, *(kernel.architecture for kernel in self.kernels)}
 
     def for_gpu(self, capability: tuple[int, int]) -> tuple[Kernel, ...]:
         """Return what a GPU of this compute capability would execute; empty when there is nothing for it."""
@@ -88,8 +91,7 @@ class Library:
     @property
     def architectures(self) -> list[str]:
         """All architectures that some code is for, by number."""
-        found = {kernel.architecture for kernel in self.kernels}
-        found |= {architecture for image in self.images for architecture in image.closed}
+        found = {architecture for image in self.images for architecture in image.architectures}
         return [str(architecture) for architecture in sorted(found, key=lambda a: (a.capability, a.is_exact))]
 
 

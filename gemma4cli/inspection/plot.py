@@ -1,4 +1,4 @@
-"""A picture of predicted memory by part over context length. matplotlib is optional: `pip install 'gemma4cli[plot]'`."""
+"""A picture of predicted memory by part over context length. Needs matplotlib, an optional package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from gemma4cli.errors import G4Error
 
 FORMATS = (".png", ".svg")
-_GIB = 1 << 30
+_MIB, _GIB = 1 << 20, 1 << 30
 _PARTS = (
     ("weights", "weights", "#4477aa"),
     ("workspace", "workspace", "#66ccee"),
@@ -35,23 +35,22 @@ def plot_memory(rows: list[dict[str, Any]], title: str, limit_bytes: int | None,
     The file is written whole or not at all, and is the same for the same numbers.
     """
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "g4"}):
-        figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
         tokens = [row["tokens"] for row in rows]
         parts = [part for part in _PARTS if any(row[part[0]] for row in rows)]
-        areas = [[row[key] / _GIB for row in rows] for key, _, _ in parts]
-        axes.stackplot(tokens, areas, labels=[name for _, name, _ in parts], colors=[color for _, _, color in parts])
+        unit, name = (_GIB, "GiB") if rows[-1]["total"] >= _GIB else (_MIB, "MiB")
+        areas = [[row[key] / unit for row in rows] for key, _, _ in parts]
+        axes.stackplot(tokens, areas, labels=[label for _, label, _ in parts], colors=[color for _, _, color in parts])
         if limit_bytes is not None:
-            axes.axhline(limit_bytes / _GIB, color="black", linestyle="--", linewidth=1, label="memory of the GPU")
+            axes.axhline(limit_bytes / unit, color="black", linestyle="--", linewidth=1, label="memory of the GPU")
         axes.set_xlabel("context length in tokens")
-        axes.set_ylabel("memory in GiB")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(tokens, [_short(count) for count in tokens])
-        axes.minorticks_off()
+        axes.set_ylabel(f"memory in {name}")
+        ticks = [count for count in tokens if count >= tokens[-1] / 8] or tokens
+        axes.set_xticks(ticks, [format_tokens(count) for count in ticks])
         axes.set_xlim(tokens[0], tokens[-1])
         axes.set_ylim(bottom=0)
         axes.set_title(title, loc="left", fontsize=10)
@@ -59,15 +58,18 @@ def plot_memory(rows: list[dict[str, Any]], title: str, limit_bytes: int | None,
         axes.legend(handles[::-1], labels[::-1], loc="upper left", frameon=False)
         partial = path.with_name(f".{path.name}.partial")
         try:
-            figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150, metadata={_DATE[path.suffix.lower()]: None})
+            figure.savefig(
+                partial, format=path.suffix[1:].lower(), dpi=150, metadata={_UNSTABLE[path.suffix.lower()]: None}
+            )
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-            pyplot.close(figure)
 
 
-_DATE = {".png": "Software", ".svg": "Date"}
+# What matplotlib writes of itself that changes with its version or the time.
+_UNSTABLE = {".png": "Software", ".svg": "Date"}
 
 
-def _short(tokens: int) -> str:
-    return f"{tokens >> 10}k" if tokens % 1024 == 0 else str(tokens)
+def format_tokens(count: int) -> str:
+    """Write a context length as people do: 4k, 319."""
+    return f"{count >> 10}k" if count and count % 1024 == 0 else f"{count:,}"

@@ -12,10 +12,12 @@ from typing import Any
 from gemma4cli.files import format_bytes
 from gemma4cli.inspection.artifact import Artifact
 from gemma4cli.inspection.gpus import Gpu
-from gemma4cli.inspection.library import Kernel, Library
+from gemma4cli.inspection.library import Kernel, KernelImage
 from gemma4cli.inspection.weights import list_state, list_weights
+from gemma4cli.model.config import Gemma4Config
 
 _CONTEXT_METHOD = "get_max_context_len"
+_LONGEST = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,13 @@ def _planned_bytes(artifact: Artifact, device: str) -> int:
     return max(0, largest)
 
 
-def interesting_lengths(model: MemoryModel) -> list[int]:
-    """Context lengths worth a row: powers of four from 1k to 256k, and the exported one."""
+def interesting_lengths(artifact: Artifact, model: MemoryModel) -> list[int]:
+    """Context lengths worth a row: powers of four from 1k up to what the model can hold, and the exported one."""
     if model.context_length is None:
         return []
-    return sorted({*(1024 * 4**step for step in range(5)), model.context_length})
+    most = Gemma4Config.from_dir(artifact.path).max_position_embeddings if artifact.manifest else _LONGEST
+    powers = {length for step in range(5) if (length := 1024 * 4**step) <= most}
+    return sorted({*powers, model.context_length, *([most] if artifact.manifest else [])})
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,10 @@ def check_gpu(artifact: Artifact, gpu: Gpu) -> GpuCheck:
     if device_of(artifact) != "cuda":
         problem = "the program runs on the CPU: it has no GPU code"
         return GpuCheck(gpu, model.at(None), None, None, (problem,), ())
-    problems, remarks = [], []
-    libraries = _libraries(artifact)
-    if not libraries:
+    images = _images(artifact)
+    chosen, problems, remarks = _choose(images, gpu)
+    if not images:
         remarks.append("its compiled library was not given, so architecture and shared memory are unchecked")
-    chosen: list[Kernel] = []
-    for library in libraries:
-        chosen += _choose(library, gpu, problems, remarks)
     worst = max(chosen, key=lambda kernel: kernel.shared_bytes, default=None)
     if worst and worst.shared_bytes > gpu.shared_bytes_per_block:
         problems.append(
@@ -155,19 +156,21 @@ def check_gpu(artifact: Artifact, gpu: Gpu) -> GpuCheck:
     if not model.workspace_is_known:
         remarks.append("the program does not say what its kernels allocate while they run; that comes on top")
     longest = model.longest(gpu.memory_bytes, gpu.context_bytes)
-    return GpuCheck(gpu, use, longest, worst, tuple(dict.fromkeys(problems)), tuple(dict.fromkeys(remarks)))
+    return GpuCheck(gpu, use, longest, worst, tuple(problems), tuple(remarks))
 
 
-def _libraries(artifact: Artifact) -> list[Library]:
-    """Each library once: methods may share one."""
-    return list({id(part.library): part.library for part in artifact.delegates if part.library}.values())
+def _images(artifact: Artifact) -> list[KernelImage]:
+    """The code of every kernel, once: methods may share a library."""
+    libraries = {id(part.library): part.library for part in artifact.delegates if part.library}
+    return [image for library in libraries.values() for image in library.images]
 
 
-def _choose(library: Library, gpu: Gpu, problems: list[str], remarks: list[str]) -> list[Kernel]:
-    """Return the kernels that a GPU would execute; says what it cannot."""
+def _choose(images: list[KernelImage], gpu: Gpu) -> tuple[list[Kernel], list[str], list[str]]:
+    """Return the kernels that a GPU would execute, and in words what it cannot and what was not seen."""
     chosen: list[Kernel] = []
-    compiled = unreadable = missing = 0
-    for image in library.images:
+    missing: list[KernelImage] = []
+    compiled = unreadable = 0
+    for image in images:
         found = image.for_gpu(gpu.capability)
         chosen += found
         if found:
@@ -177,13 +180,16 @@ def _choose(library: Library, gpu: Gpu, problems: list[str], remarks: list[str])
         elif image.compiles_for(gpu.capability):
             compiled += 1
         else:
-            missing += 1
+            missing.append(image)
     name = "sm_{}{}".format(*gpu.capability)
+    problems, remarks = [], []
     if missing:
-        kinds = ", ".join(library.architectures) or "none"
-        problems.append(f"{missing} of {len(library.images)} kernels do not run on {name}; their code is for {kinds}")
+        kinds = sorted({str(kind) for image in missing for kind in image.architectures})
+        problems.append(
+            f"{len(missing)} of {len(images)} kernels do not run on {name}: they are for {', '.join(kinds)}"
+        )
     if unreadable:
         remarks.append(f"the code of {unreadable} kernels is compressed and was not read")
     if compiled:
         remarks.append(f"{compiled} kernels have no code for {name}; the driver would compile their PTX at load")
-    return chosen
+    return chosen, problems, remarks

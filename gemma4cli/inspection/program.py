@@ -283,5 +283,3 @@ def _item(items: Sequence[Any], index: int, what: str) -> Any:
     if not 0 <= index < len(items):
         raise Malformed(f"it refers to {what} {index} of {len(items)}")
     return items[index]
-
-

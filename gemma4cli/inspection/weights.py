@@ -148,16 +148,3 @@ def list_state(artifact: Artifact) -> list[StateBuffer]:
             if is_state(weight.name):
                 add(part.method, weight.name, weight.format, weight.shape or (), weight.nbytes, weight.device)
     return list(found.values())
-
-
-def equal_layers(weights: Iterable[Weight]) -> list[tuple[list[int], list[Weight]]]:
-    """Group layers whose tensors have the same names, formats and shapes; returns (layers, tensors of the first)."""
-    layers: dict[int, list[Weight]] = {}
-    for weight in weights:
-        if weight.layer is not None:
-            layers.setdefault(weight.layer, []).append(weight)
-    groups: dict[tuple, list[int]] = {}
-    for layer in sorted(layers):
-        signature = tuple(sorted((w.short_name, w.format or "", w.shape or (), w.nbytes) for w in layers[layer]))
-        groups.setdefault(signature, []).append(layer)
-    return [(numbers, layers[numbers[0]]) for numbers in groups.values()]

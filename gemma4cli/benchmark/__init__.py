@@ -1,0 +1,1 @@
+"""Measuring a model: speed, memory, where a step's time goes, and what quantization costs. See docs/bench.md."""
