@@ -1,11 +1,13 @@
 """Bring a checkpoint's matrices into the forms that XNNPACK multiplies by.
 
 XNNPACK multiplies 8-bit activations by 4-bit weights with zero point 8 and one bfloat16 scale per group of a multiple
-of 32 weights, or by 8-bit weights with zero point 0 and one float32 scale per row. Everything else is rewritten:
+of 32 weights, or by 8-bit weights with zero point 0 and one float32 scale per row; scales are positive and normal.
+Everything else is rewritten:
 
 | stored | becomes | exact |
 |---|---|---|
 | 4 bits, any zero point | the codes, and per group an offset scale * (8 - zero point) times a sum of inputs | yes |
+| negative scales (GGUF) | codes that count down, positive scales, another zero point | yes |
 | 5 to 8 bits in groups | two 4-bit planes, code = 16 * high + low, and an offset | yes |
 | 8 bits per row | as it is, and an offset when it is asymmetric | yes |
 | scales that bfloat16 cannot hold (GGUF) | the same codes and offset, rounded scales | no, error measured |
@@ -115,6 +117,17 @@ class Stored:
         bits = int(str(tensor.target_dtype).removeprefix("torch.int"))
         return cls(tensor.qdata, tensor.scale.float(), tensor.zero_point.float(), False, bits)
 
+    def with_positive_scales(self) -> Stored:
+        """Return the same values with scales that XNNPACK takes; a scale of 0 becomes the smallest that is normal."""
+        negative, qdata, zero_point = self.scale < 0, self.qdata, self.zero_point
+        if bool(negative.any()):
+            # Inverting the bits makes a code 15 - code, a signed one -1 - code: both count down.
+            flipped = negative.repeat_interleave(qdata.shape[1] // negative.shape[1], dim=1)
+            qdata = torch.where(flipped, ~qdata, qdata)
+            zero_point = torch.where(negative, (15 if self.packed else -1) - zero_point, zero_point)
+        scale = self.scale.abs().clamp(min=torch.finfo(torch.bfloat16).tiny)
+        return Stored(qdata, scale, zero_point, self.packed, self.bits)
+
     @property
     def columns(self) -> int:
         return self.qdata.shape[1] * (2 if self.packed else 1)
@@ -132,8 +145,8 @@ class Stored:
         return ((codes - self.zero_point[rows, :, None]) * self.scale[rows, :, None]).flatten(1)
 
     def may_have_offset(self, zero: float) -> bool:
-        """Tell whether some zero point is not `zero`; a tensor on the meta device cannot say no."""
-        return self.zero_point.is_meta or bool((self.zero_point != zero).any())
+        """Tell whether some zero point is not `zero`, or will not be; a tensor on the meta device cannot say no."""
+        return self.zero_point.is_meta or bool(((self.zero_point != zero) | (self.scale < 0)).any())
 
     def describe(self) -> str:
         return f"int{self.bits} {'per row' if self.scale.shape[1] == 1 else f'g{self.group}'}"
@@ -143,7 +156,7 @@ def prepare_linear(tensor: Tensor) -> tuple[CpuLinear, Change | None]:
     """Make the layer that multiplies by a checkpoint's matrix [N, K], and say what had to change, if anything."""
     if not is_quantized(tensor):
         return CpuLinear([(tensor.to(torch.float32), None)]), None
-    stored = Stored.of(tensor)
+    stored = Stored.of(tensor).with_positive_scales()
     if not stored.packed and stored.scale.shape[1] == 1:
         offset = _unless_zero(-stored.scale * stored.zero_point)
         return CpuLinear([(stored.qdata, stored.scale[:, 0].contiguous())], offset), None

@@ -63,6 +63,30 @@ def test_values_stay_exactly(tensor: Tensor) -> None:
     torch.testing.assert_close(all_values(layer), dequantize(tensor), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("tensor", [stored(4, 32), stored(4, 32, True), stored(8, 32), stored(8, 0)], ids=str)
+def test_scales_that_are_not_positive(tensor: Tensor) -> None:
+    """GGUF's Q4_0 gives about half of its groups a negative scale, and 0 to a group of zeros; XNNPACK takes neither."""
+    scale = tensor.scale.clone()
+    scale.view(-1)[::2] *= -1
+    scale.view(-1)[3] = 0
+    tensor = rescaled(tensor, scale)
+    layer, change = prepare_linear(tensor)
+    assert change is None
+    planes = [getattr(layer, f"scale{index}") for index in range(layer.planes)]
+    assert all(bool((plane >= torch.finfo(torch.bfloat16).tiny).all()) for plane in planes)
+    torch.testing.assert_close(all_values(layer), dequantize(tensor), rtol=0, atol=2e-6)
+    assert planned_bytes(tensor) == sum(parameter.nbytes for parameter in layer.parameters())
+
+
+def rescaled(tensor: Tensor, scale: Tensor) -> Tensor:
+    """Return the same codes with other scales."""
+    if isinstance(tensor, Int4Tensor):
+        return Int4Tensor(tensor.qdata, scale, tensor.zero_point, tensor.block_size, tensor.shape)
+    return IntxUnpackedToInt8Tensor(
+        tensor.qdata, scale, tensor.zero_point, tensor.target_dtype, tensor.block_size, tensor.dtype, None
+    )
+
+
 def test_symmetric_weights_need_no_offset() -> None:
     assert prepare_linear(stored(4, 32, symmetric=True))[0].offset is None
     assert prepare_linear(stored(8, 0, symmetric=True))[0].offset is None
