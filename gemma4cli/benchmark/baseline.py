@@ -62,8 +62,8 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
         raise G4Error(f"{path} is not a result of g4 bench.", hint="Make one: g4 bench --json > FILE") from None
     try:
         document = json.loads(text)
-        records = document["tests"] if "tests" in document else [document]
-    except (ValueError, TypeError):
+        records = document.get("tests", [document])
+    except (ValueError, AttributeError):
         try:
             records = [json.loads(line) for line in text.splitlines() if line.strip()]
         except ValueError:

@@ -1,7 +1,7 @@
 """The machine a measurement was made on: what it is, and what its GPU was doing meanwhile.
 
-A GPU's clocks, temperature and energy come from NVML through the optional package `nvidia-ml-py`; without it, or where a
-GPU does not give a value, the field is None.
+A GPU's clocks, temperature and energy come from NVML through the optional package `nvidia-ml-py`; without it, or where
+a GPU does not give a value, the field is None.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """llama.cpp's llama-bench on the same tests, one round at a time.
 
-Every round is a process of its own with `-r 1`, so that it alternates with ours; it loads the model again and warms up by
-itself. Its results are read from `-o json`.
+Every round is a process of its own with `-r 1`, so that it alternates with ours; it loads the model again and warms up
+by itself. Its results are read from `-o json`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from gemma4cli.benchmark.samples import percentile, spread
 from gemma4cli.errors import G4Error
 
 _MAGIC = b"GGUF"
-_KEPT = ("build_commit", "build_number", "backends", "cpu_info", "gpu_info", "model_type", "model_size",
-         "model_n_params", "n_batch", "n_ubatch", "n_threads", "n_gpu_layers", "flash_attn", "type_k", "type_v")  # fmt: skip
+_KEPT = (
+    "build_commit", "build_number", "backends", "cpu_info", "gpu_info", "model_type", "model_size", "model_n_params",
+    "n_batch", "n_ubatch", "n_threads", "n_gpu_layers", "flash_attn", "type_k", "type_v",
+)  # fmt: skip
 _ALL_LAYERS = 999
 
 

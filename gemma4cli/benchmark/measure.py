@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from gemma4cli.benchmark.plan import Plan, Case
+from gemma4cli.benchmark.plan import Case, Plan
 from gemma4cli.benchmark.samples import GpuState, Row, Sample
 from gemma4cli.engine.base import Engine, GenerationRequest, GenerationResult
 from gemma4cli.errors import G4Error

@@ -1,4 +1,4 @@
-"""Speed over depth as a picture: prefill above, decoding with its bound below. Needs matplotlib, an optional package."""
+"""Speed over depth as a picture: prefill above, decoding with its bound below. Needs the optional matplotlib."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from gemma4cli.errors import G4Error
 
 FORMATS = (".png", ".svg", ".pdf")
+_TOO_HIGH = 5
+"""Times the fastest measurement, above which the bound is told and not drawn."""
 
 
 def check_plot(target: Path) -> None:
@@ -41,16 +43,27 @@ def plot(document: Mapping[str, Any], target: Path) -> None:
         for count in sorted({record[size] for record in records if record[size]}):
             _line(axes, [record for record in records if record[size] == count], f"{verb}, {count} tokens")
         axes.set_ylabel(f"{verb} tokens/s")
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    bounded = sorted((record["n_depth"], record["bound_ts"]) for record in records if record["bound_ts"])
-    if bounded:
-        decode.plot(*zip(*bounded, strict=True), linestyle="--", color="grey", label="bound: memory bandwidth")
+    _bound(decode, [record for record in records if record["bound_ts"]])
     decode.set_xlabel(f"depth: tokens in the cache ({model['context_length']:,} allocated)")
     for axes in (prefill, decode):
+        axes.set_ylim(bottom=0)
         if axes.lines:
             axes.legend(fontsize=8)
     figure.savefig(target)
+
+
+def _bound(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
+    """The bound as a dashed line; only its number where it would press everything else to the ground."""
+    if not records:
+        return
+    points = sorted((record["n_depth"], record["bound_ts"]) for record in records)
+    highest, fastest = max(bound for _, bound in points), max(record["p90_ts"] for record in records)
+    label = "bound: memory bandwidth"
+    if highest > _TOO_HIGH * fastest:
+        axes.plot([], [], "--", color="grey", label=f"{label}, {points[-1][1]:,.0f} to {highest:,.0f}, not drawn")
+    else:
+        axes.plot(*zip(*points, strict=True), "--", marker=".", color="grey", label=label)
 
 
 def _line(axes: Any, records: Sequence[Mapping[str, Any]], label: str) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from gemma4cli.benchmark.device import describe_environment
-from gemma4cli.benchmark.passages import Passage, read_text
+from gemma4cli.benchmark.passages import WINDOW, Passage, read_text
 from gemma4cli.benchmark.samples import percentile
 from gemma4cli.benchmark.subject import Subject
 from gemma4cli.errors import G4Error
@@ -100,7 +100,8 @@ def judge_quality(
     """
     if Gemma4Config.from_dir(original).vocab_size != subject.config.vocab_size:
         raise G4Error(f"{original} and {subject.path} have different vocabularies: they are different models.")
-    text = read_text(text_file, Chat.from_dir(original), limit=limit, window=_window(subject))
+    window = min(WINDOW, subject.context_length)
+    text = read_text(text_file, Chat.from_dir(original), limit=limit, window=window)
     result, floor = Tally(), Tally()
     with ExitStack() as stack:
         loaded = subject.load(threads, progress)
@@ -149,12 +150,6 @@ def _row(name: str, numbers: dict[str, Any]) -> tuple[str, ...]:
     return name, f"{numbers['perplexity']:.4f}", f"{kl['mean']:.3g}", f"{kl['p99']:.3g}", agreement
 
 
-def _window(subject: Subject) -> int:
-    from gemma4cli.benchmark.passages import WINDOW
-
-    return min(WINDOW, subject.context_length)
-
-
 def _load_reference(original: Path, device: str, progress: Progress) -> tuple[EagerEngine, str]:
     engine = _eager(original, device, None, progress)
     return engine, str(engine.model.cache.dtype).removeprefix("torch.")
@@ -173,10 +168,10 @@ def _load_floor(original: Path, reference: EagerEngine, progress: Progress) -> t
 
 
 def _eager(original: Path, device: str, dtype: Any, progress: Progress) -> EagerEngine:
-    from gemma4cli.benchmark.passages import WINDOW
     from gemma4cli.engine.eager import EagerEngine
 
-    return EagerEngine.from_checkpoint(original, context_length=WINDOW, device=device, dtype=dtype, progress=progress)
+    context = min(WINDOW, Gemma4Config.from_dir(original).max_position_embeddings)
+    return EagerEngine.from_checkpoint(original, context_length=context, device=device, dtype=dtype, progress=progress)
 
 
 def _joined(blocks: Iterable[np.ndarray]) -> np.ndarray:

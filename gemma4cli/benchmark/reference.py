@@ -46,7 +46,7 @@ def find_text(reference: Path, given: Path | None) -> Path:
 
 
 def _is_source(path: Path, subject: Subject) -> bool:
-    """Whether the weight files that a manifest names lie here with their sizes; a plain checkpoint is its own source."""
+    """Whether the weight files that a manifest names lie here with their sizes; a plain checkpoint is its own."""
     if subject.source is None:
         return subject.path.resolve() == path.resolve()
     weights = {name: record for name, record in subject.source["files"].items() if name.endswith(".safetensors")}

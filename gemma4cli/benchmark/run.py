@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gemma4cli.benchmark.bandwidth import measure_bandwidth
 from gemma4cli.benchmark.device import Gpu, describe_environment
 from gemma4cli.benchmark.measure import Measured, Probe, measure
-from gemma4cli.benchmark.plan import Plan, Case
+from gemma4cli.benchmark.plan import Case, Plan
 from gemma4cli.benchmark.roofline import Roofline
 from gemma4cli.benchmark.samples import Row, mean_and_deviation, percentile, spread
 from gemma4cli.progress import SILENT, Progress

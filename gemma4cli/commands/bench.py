@@ -103,9 +103,7 @@ def bench(
     ] = False,
     reference: Annotated[
         str | None,
-        typer.Option(
-            "--reference", metavar="MODEL", help="The unquantized model.", show_default="the last one pulled"
-        ),
+        typer.Option("--reference", metavar="MODEL", help="The unquantized model.", show_default="the last one pulled"),
     ] = None,
     on: Annotated[
         Path | None,
@@ -136,9 +134,11 @@ def bench(
     """
     console = open_console(json=json, quiet=quiet)
     format = _choose_format(json=json, jsonl=jsonl, csv=csv, markdown=markdown)
-    _check_modes(profile=profile, quality=quality, speed_options={"--vs": vs, "--baseline": baseline, "--plot": plot,
-                 "--fail-below": fail_below}, quality_options={"--reference": reference, "--on": on,
-                 "--tokens": tokens, "--save-receipt": save_receipt or None}, plain=format in ("table", "json"))  # fmt: skip
+    mode = _choose_mode(profile, quality, plain=format in ("table", "json"))
+    for_speed = {"--vs": vs, "--gguf": gguf, "--baseline": baseline, "--fail-below": fail_below, "--plot": plot}
+    for_quality = {"--reference": reference, "--on": on, "--tokens": tokens, "--save-receipt": save_receipt or None}
+    _refuse(for_speed if mode else {}, f"{mode} does not go with")
+    _refuse({} if quality else for_quality, "Only --quality takes")
     if (vs is None) != (gguf is None):
         raise _usage("--vs and --gguf belong together.", "Give --vs llama-bench=PATH --gguf FILE.")
     if fail_below is not None and baseline is None:
@@ -205,7 +205,7 @@ def _measure(
 def _print(console: Console, document: Document, format: str) -> None:
     from gemma4cli.benchmark import report
 
-    if console.mode == "quiet" or format in ("table", "json"):
+    if format in ("table", "json"):
         console.result(document, lambda: report.draw(console, document), essence=report.essence(document))
         return
     write = {"jsonl": report.jsonl, "csv": report.csv_text, "markdown": report.markdown}[format]
@@ -296,20 +296,20 @@ def _choose_format(**flags: bool) -> str:
     return chosen[0] if chosen else "table"
 
 
-def _check_modes(
-    *, profile: bool, quality: bool, speed_options: dict[str, Any], quality_options: dict[str, Any], plain: bool
-) -> None:
+def _choose_mode(profile: bool, quality: bool, *, plain: bool) -> str | None:
+    """Return --profile or --quality, None for speed."""
     if profile and quality:
         raise _usage("--profile and --quality exclude each other.")
     mode = "--profile" if profile else "--quality" if quality else None
-    given = [name for name, value in speed_options.items() if value is not None]
-    if mode and given:
-        raise _usage(f"{mode} does not go with {', '.join(given)}.")
     if mode and not plain:
         raise _usage(f"{mode} gives a table or --json.")
-    stray = [name for name, value in quality_options.items() if value is not None]
-    if stray and not quality:
-        raise _usage(f"Only --quality takes {', '.join(stray)}.")
+    return mode
+
+
+def _refuse(options: dict[str, Any], sentence: str) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise _usage(f"{sentence} {', '.join(given)}.")
 
 
 def _usage(message: str, hint: str | None = None) -> G4Error:

@@ -60,9 +60,7 @@ class RunnerEngine(Engine):
     Raises: G4Error with the runner's own sentence when it refuses the bundle, or saying how it died.
     """
 
-    def __init__(
-        self, bundle: Path, *, threads: int | None = None, load_timeout_s: float = LOAD_TIMEOUT_S
-    ) -> None:
+    def __init__(self, bundle: Path, *, threads: int | None = None, load_timeout_s: float = LOAD_TIMEOUT_S) -> None:
         self._bundle = bundle
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._stderr_tail: deque[str] = deque(maxlen=20)
@@ -110,6 +108,11 @@ class RunnerEngine(Engine):
         """
         import numpy as np
 
+        if " " in tempfile.gettempdir() or not tempfile.gettempdir().isascii():
+            raise G4Error(
+                f"The folder for temporary files, {tempfile.gettempdir()!r}, cannot be named to the runner.",
+                hint="Set TMPDIR to a plain path.",
+            )
         size = 4 * self.contract["vocab_size"]
         request = GenerationRequest(tuple(tokens), 1, GREEDY, frozenset(), _SCORING_SESSION, chunk)
         self.check_fits(request)

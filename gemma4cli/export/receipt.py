@@ -1,7 +1,8 @@
 """`receipt.json` of a bundle: what quantization and export cost it in quality, measured by `g4 bench --quality`.
 
-Optional, and not listed in `g4.json`: a bundle is whole without it. It names the SHA-256 of the `g4.json` it was measured
-with, which in turn names the hash of every other file, so a receipt that was copied to another export is found out.
+Optional, and not listed in `g4.json`: a bundle is whole without it. It names the SHA-256 of the `g4.json` it was
+measured with, which in turn names the hash of every other file, so a receipt that was copied to another export is found
+out.
 Imports no torch.
 """
 
