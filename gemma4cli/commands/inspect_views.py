@@ -74,6 +74,7 @@ def _overview(console: Console, o: Document) -> None:
         _fact(console, "contract", "none: this is not a program for g4 run")
     if "files" in o:
         _fact(console, "checked", _checked(o))
+        _fact(console, "quality", _quality(o["receipt"]))
 
 
 def _provenance(console: Console, o: Document) -> None:
@@ -103,6 +104,17 @@ def _checked(o: Document) -> str:
     if not rest:
         return f"sizes and SHA-256 of all {len(o['files'])} files"
     return f"sizes of all {len(o['files'])} files, SHA-256 of {len(o['hashed'])}; not of {', '.join(rest)} (--verify)"
+
+
+def _quality(receipt: Document | None) -> str:
+    if receipt is None:
+        return "not measured (g4 bench --quality --save-receipt)"
+    if not receipt["is_current"]:
+        return "measured on another export of this folder; measure again: g4 bench --quality --save-receipt"
+    return (
+        f"perplexity {receipt['perplexity']:.4g}, unquantized {receipt['reference_perplexity']:.4g}; "
+        f"KL {receipt['kl_mean']:.4g} nats; top-1 agreement {receipt['top1_agreement']:.1%}; on {receipt['text']}"
+    )
 
 
 def _methods(console: Console, document: Document) -> None:

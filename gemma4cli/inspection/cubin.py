@@ -22,7 +22,7 @@ _START = re.compile(rb"\x7fELF\x02\x01\x01|\x50\xed\x55\xba\x01\x00\x10\x00")
 _FATBIN_HEADER = struct.Struct("<IHHQ")
 _FATBIN_ENTRY = struct.Struct("<HHIQIIHHIQQQQ")
 _PTX, _CUBIN = 1, 2
-_COMPRESSED = 0x2000 | 0x8000  # LZ4, Zstandard
+_COMPRESSED, _EXACT = 0x2000 | 0x8000, 0x100000  # LZ4 or Zstandard; "a"
 
 _ENTRY_POINT = 0x10
 _FUNCTION = 2
@@ -30,9 +30,10 @@ _FRAME_SIZE, _MIN_STACK, _REGISTERS = 0x11, 0x12, 0x2F  # in .nv.info: (symbol, 
 _REQUIRED_THREADS, _MAX_THREADS = 0x10, 0x05  # in .nv.info.NAME: three numbers
 _WITH_DATA = 4
 
-# e_flags up to ELF ABI 7 and from 8 on: where the architecture is, and the bit of "a" (runs on exactly this one).
-_LAYOUTS = {False: (0, 0x800), True: (8, 0x8)}
+# Up to ELF ABI 7 the lowest byte of e_flags is the architecture and a bit there says "a" (for exactly this one). From
+# 8 on, which CUDA 13 writes for sm_100 and newer, it is the second byte, and `.nv.compat` says "a".
 _NEW_ABI = 8
+_EXACT_FLAG, _EXACT_ATTRIBUTE = 0x800, 0x09
 
 # CUDA keeps the first KiB of a block's shared memory for itself from sm_80 on; limits per block are without it.
 _RESERVED_SHARED_BYTES = 1024
@@ -126,7 +127,7 @@ def _fatbin(data: memoryview, start: int) -> tuple[Image, int]:
         kind, _, entry_bytes, payload, _, _, _, _, number, _, flags, _, _ = _FATBIN_ENTRY.unpack_from(data, position)
         if entry_bytes < _FATBIN_ENTRY.size or position + entry_bytes + payload > end:
             raise Malformed("it holds a fatbin with an entry outside it")
-        architecture = Architecture(divmod(number, 10), False)
+        architecture = Architecture(divmod(number, 10), bool(flags & _EXACT))
         if kind == _PTX:
             ptx.append(architecture)
         elif kind == _CUBIN and flags & _COMPRESSED:
@@ -142,8 +143,7 @@ def read_cubin(data: memoryview, start: int = 0) -> tuple[Cubin, int]:
     elf = Elf(data[start:])
     if elf.machine != EM_CUDA:
         raise Malformed("it holds a fatbin with code for something that is not a GPU")
-    shift, exact = _LAYOUTS[elf.abi_version >= _NEW_ABI]
-    architecture = Architecture(divmod(elf.flags >> shift & 0xFF, 10), bool(elf.flags & exact))
+    architecture = _architecture(elf)
     numbers = _per_symbol(elf)
     kernels = tuple(
         _kernel(elf, index, symbol, numbers)
@@ -151,6 +151,15 @@ def read_cubin(data: memoryview, start: int = 0) -> tuple[Cubin, int]:
         if symbol.kind == _FUNCTION and symbol.other & _ENTRY_POINT
     )
     return Cubin(start, architecture, kernels, hashlib.sha256(elf.data[: elf.size]).hexdigest()), elf.size
+
+
+def _architecture(elf: Elf) -> Architecture:
+    if elf.abi_version < _NEW_ABI:
+        return Architecture(divmod(elf.flags & 0xFF, 10), bool(elf.flags & _EXACT_FLAG))
+    section = elf.section(".nv.compat")
+    attributes = _attributes(elf.contents(section)) if section else ()
+    is_exact = any(attribute == _EXACT_ATTRIBUTE and number == 1 for attribute, number, _ in attributes)
+    return Architecture(divmod(elf.flags >> 8 & 0xFF, 10), is_exact)
 
 
 def _kernel(elf: Elf, index: int, symbol: Symbol, numbers: dict[tuple[int, int], int]) -> KernelFacts:
@@ -175,7 +184,7 @@ def _per_symbol(elf: Elf) -> dict[tuple[int, int], int]:
     """(attribute, symbol) -> number, from `.nv.info`."""
     section = elf.section(".nv.info")
     found = {}
-    for attribute, value in _attributes(elf.contents(section)) if section else ():
+    for attribute, _, value in _attributes(elf.contents(section)) if section else ():
         if attribute in (_FRAME_SIZE, _MIN_STACK, _REGISTERS) and len(value) == 8:
             symbol, number = struct.unpack("<II", value)
             found[attribute, symbol] = number
@@ -184,7 +193,7 @@ def _per_symbol(elf: Elf) -> dict[tuple[int, int], int]:
 
 def _threads(elf: Elf, name: str) -> int | None:
     section = elf.section(f".nv.info.{name}")
-    found = dict(_attributes(elf.contents(section))) if section else {}
+    found = {attribute: value for attribute, _, value in _attributes(elf.contents(section))} if section else {}
     value = found.get(_REQUIRED_THREADS, found.get(_MAX_THREADS, b""))
     if len(value) != 12:
         return None
@@ -192,8 +201,8 @@ def _threads(elf: Elf, name: str) -> int | None:
     return x * y * z
 
 
-def _attributes(data: memoryview) -> Iterator[tuple[int, bytes]]:
-    """Yield (attribute, value) of an information section: two bytes of kind and attribute, two of size or value."""
+def _attributes(data: memoryview) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (attribute, number, data) of an information section; an attribute has either a number or data."""
     position = 0
     while position + 4 <= len(data):
         kind, attribute, number = struct.unpack_from("<BBH", data, position)
@@ -201,5 +210,5 @@ def _attributes(data: memoryview) -> Iterator[tuple[int, bytes]]:
         size = number if kind == _WITH_DATA else 0
         if position + size > len(data):
             raise Malformed("it holds GPU code whose list of attributes is damaged")
-        yield attribute, bytes(data[position : position + size])
+        yield attribute, number, bytes(data[position : position + size])
         position += size

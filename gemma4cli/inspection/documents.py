@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from gemma4cli.errors import G4Error
 from gemma4cli.export.contract import INPUTS, METHODS, MIN_PREFILL_TOKENS, OUTPUTS
+from gemma4cli.export.receipt import RECEIPT_FILE, read_receipt
 from gemma4cli.inspection.artifact import Artifact, DelegatePart
 from gemma4cli.inspection.conformance import contract_problems
 from gemma4cli.inspection.gpus import GPUS, Gpu
@@ -49,8 +51,29 @@ def overview(artifact: Artifact) -> Document:
             "created_with": manifest.created_with,
             "files": {name: asdict(record) for name, record in manifest.files.items()},
             "hashed": list(artifact.hashed),
+            "receipt": _receipt(artifact),
         }
     return document
+
+
+def _receipt(artifact: Artifact) -> Document | None:
+    """What `g4 bench --quality --save-receipt` measured, if it did."""
+    receipt = read_receipt(artifact.path)
+    if receipt is None:
+        return None
+    try:
+        numbers = {key: float(receipt.result[key]) for key in ("perplexity", "reference_perplexity", "top1_agreement")}
+        return {
+            **numbers,
+            "kl_mean": float(receipt.result["kl"]["mean"]),
+            "text": str(receipt.text["name"]),
+            "is_current": receipt.is_current,
+        }
+    except (KeyError, TypeError, ValueError):
+        raise G4Error(
+            f"{artifact.path / RECEIPT_FILE} is damaged: a number is missing.",
+            hint="Measure it again: g4 bench --quality --save-receipt",
+        ) from None
 
 
 def sizes(artifact: Artifact) -> Document:
@@ -168,7 +191,7 @@ def _library(key: str | None, part: DelegatePart) -> Document:
         "method": part.method,
         "bytes": part.library_bytes,
         "architectures": part.library.architectures,
-        "ptx": sorted({f"compute_{a.capability[0]}{a.capability[1]}" for i in part.library.images for a in i.ptx}),
+        "ptx": sorted({str(a).replace("sm", "compute") for image in part.library.images for a in image.ptx}),
         "compressed_images": closed,
         "launches": sum(k.launches or 0 for k in _once(kernels)) if all(k.launches for k in kernels) else None,
         "kernels": [_kernel(kernel) for kernel in kernels],

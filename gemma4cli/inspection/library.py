@@ -73,9 +73,8 @@ class KernelImage:
         return tuple(kernel for kernel in fitting if kernel.architecture.capability == best)
 
     def compiles_for(self, capability: tuple[int, int]) -> bool:
-        """Whether a driver can compile its PTX for a GPU; PTX beside code for exactly one GPU is for that one, too."""
-        exact = {kernel.architecture.capability for kernel in self.kernels if kernel.architecture.is_exact}
-        return any(ptx.capability <= capability and ptx.capability not in exact for ptx in self.ptx)
+        """Whether a driver can compile its PTX for a GPU; "a" is for exactly one, and so no help to newer ones."""
+        return any(not ptx.is_exact and ptx.capability <= capability for ptx in self.ptx)
 
 
 @dataclass(frozen=True)
