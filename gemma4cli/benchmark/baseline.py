@@ -60,18 +60,10 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
         raise G4Error(f"{path} does not exist.", hint="Make a baseline: g4 bench --json > FILE") from None
     except (UnicodeDecodeError, IsADirectoryError):
         raise G4Error(f"{path} is not a result of g4 bench.", hint="Make one: g4 bench --json > FILE") from None
-    try:
-        document = json.loads(text)
-        records = document.get("tests", [document])
-    except (ValueError, AttributeError):
-        try:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError:
-            records = []
-    whole = [r for r in records if isinstance(r, dict) and isinstance(r.get("median_ts"), int | float) and "test" in r]
-    if not whole or len(whole) != len(records):
+    records = _parse(text)
+    if not records or not all(_is_record(record) for record in records):
         raise G4Error(f"{path} is not a result of g4 bench.", hint="Make one: g4 bench --json > FILE")
-    return whole
+    return records
 
 
 def compare(before: list[dict[str, Any]], now: list[dict[str, Any]], limit: float) -> Comparison:
@@ -111,6 +103,28 @@ def parse_limit(text: str) -> float:
     if not 0 <= value < 1:
         raise G4Error(f"{text!r} is not a share to fail below.", hint="Write 5% or 0.05.", exit_code=2)
     return value
+
+
+def _parse(text: str) -> list[Any]:
+    """Parse one document or one per line; nothing at all when it is neither."""
+    try:
+        document = json.loads(text)
+    except ValueError:
+        pass
+    else:
+        tests = document.get("tests", [document]) if isinstance(document, dict) else None
+        return tests if isinstance(tests, list) else []
+    try:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError:
+        return []
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("test"), str):
+        return False
+    median = record.get("median_ts")
+    return isinstance(median, int | float) and median > 0
 
 
 def _key(record: Mapping[str, Any]) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """A text as passages to read from position 0, and which of their tokens count.
 
 Where a text has turns of the model (`<|turn>model … <turn|>`), what the model would have said counts, the end of its
-turn included, and not what others say: a chat model was trained on its own turns only. Any other text counts as a whole.
+turn included, and not what others say: a chat model was trained on its own turns only. Of any other text all counts.
 """
 
 from __future__ import annotations

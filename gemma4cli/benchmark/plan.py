@@ -1,7 +1,7 @@
 """What to measure: tests with llama-bench's names and meaning, checked against the context before anything is loaded.
 
-`pp512 @ d2048` reads 512 tokens of prompt when the cache holds 2,048; `tg128 @ d2048` decodes 128 tokens one by one from
-there. A test of the text path, `pp512+tg128`, goes from text to text: tokenizer, sampling and detokenizer included.
+`pp512 @ d2048` reads 512 tokens of prompt when the cache holds 2,048; `tg128 @ d2048` decodes 128 tokens one by one
+from there. A test of the text path, `pp512+tg128`, goes from text to text: tokenizer, sampling, detokenizer included.
 """
 
 from __future__ import annotations
