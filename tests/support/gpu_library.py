@@ -57,8 +57,8 @@ _HOST = """
 #include <string>
 #include <vector>
 extern "C" int cuModuleLoadData(void**, const void*);
-extern "C" int cuLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
-                              void**);
+extern "C" int cuLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
+                              void**, void**);
 namespace {{
 struct Kernels {{ std::vector<void*> loaded; {members} }};
 }}
