@@ -7,7 +7,7 @@ whatever the size of the model.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,20 @@ from torch import Tensor, nn
 from gemma4cli.export.cuda.layers import CudaCache, PackedMatrix, TurboQuant
 from gemma4cli.export.cuda.model import CudaModel, Signature
 from gemma4cli.export.flat_tensor import DataLayout, DataTensor, DataWriter, lay_out, writing
+from gemma4cli.kernels.quantized_matmul.format import PackedWeight
 from gemma4cli.progress import SILENT, Progress
 from gemma4cli.quant.checkpoint import Checkpoint
+from gemma4cli.quant.gguf.checkpoint import GGUFCheckpoint
+from gemma4cli.quant.gguf.pack import pack_rows
 from gemma4cli.quant.pack import pack_weight
+
+PackRows = Callable[[int, int], PackedWeight]
+"""(first row, past the last row) -> these rows of a matrix."""
 
 _PREFIX = "model."  # of CudaModel within `export.trace.Step`
 _PARTS = ("codes", "high", "sub", "step")
-_SLAB_WEIGHTS = 1 << 20
+# Rows of a matrix that a thread packs at a time: their arrays stay in its cache.
+_SLAB_WEIGHTS = 1 << 21
 _MAX_THREADS = 8
 
 
@@ -80,7 +87,7 @@ def write_weights(path: Path, signature: Signature, checkpoint: Checkpoint, prog
             for name, value in _constants(model):
                 task.advance(packing.put_plain(name, value))
             for name in checkpoint.names():
-                for count in packing.put(name, checkpoint.tensor(name)):
+                for count in packing.put(name, checkpoint):
                     task.advance(count, name)
         packing.check_complete(entries)
 
@@ -94,14 +101,14 @@ class _Packing:
         self._key = {entry.fqn.removeprefix(_PREFIX): entry.storage_key for entry in _entries(model)}
         self._written: dict[str, int] = dict.fromkeys(self._key, 0)
 
-    def put(self, name: str, tensor: Tensor) -> Iterator[int]:
+    def put(self, name: str, checkpoint: Checkpoint) -> Iterator[int]:
         """Write a tensor of the checkpoint; yields the bytes written as they are."""
         place, part = self._model._place(name)
         prefix = f"{self._names[place]}."
         if isinstance(place, PackedMatrix):
-            yield from self._put_matrix(prefix, place, name, tensor, int(part))
+            yield from self._put_matrix(prefix, place, int(part), *_rows(checkpoint, name, place.format.has_min))
         else:
-            yield self.put_plain(prefix + part, tensor.to(getattr(place, part).dtype))
+            yield self.put_plain(prefix + part, checkpoint.tensor(name).to(getattr(place, part).dtype))
 
     def put_plain(self, name: str, value: Tensor) -> int:
         """Write a whole buffer."""
@@ -115,12 +122,12 @@ class _Packing:
             wanted = 0 if entry.is_state else entry.nbytes
             assert self._written[name] == wanted, f"{name}: {self._written[name]} of {wanted} bytes were written"
 
-    def _put_matrix(self, prefix: str, place: PackedMatrix, name: str, tensor: Tensor, first: int) -> Iterator[int]:
-        rows = tensor.shape[0]
+    def _put_matrix(self, prefix: str, place: PackedMatrix, first: int, rows: int, pack: PackRows) -> Iterator[int]:
         step = max(1, _SLAB_WEIGHTS // place.columns)
 
         def slab(start: int) -> list[tuple[str, int]]:
-            packed = pack_weight(tensor[start : start + step], name, place.format.has_min)
+            packed = pack(start, min(start + step, rows))
+            assert packed.format == place.format, f"{prefix} has {place.format}, not {packed.format}"
             parts = ((prefix + part, getattr(packed, part)) for part in _PARTS)
             return [(part, self._write(part, first + start, data)) for part, data in parts if data is not None]
 
@@ -134,6 +141,15 @@ class _Packing:
         row_bytes = data.nbytes // value.shape[0] if value.ndim else data.nbytes
         self._writer.write(self._key[name], row * row_bytes, data)
         return data.nbytes
+
+
+def _rows(checkpoint: Checkpoint, name: str, has_min: bool) -> tuple[int, PackRows]:
+    """Return how many rows a matrix has, and what packs some of them."""
+    if isinstance(checkpoint, GGUFCheckpoint):
+        source = checkpoint.source(name)
+        return source.rows, lambda start, stop: pack_rows(source, start, stop, has_min)
+    tensor = checkpoint.tensor(name)
+    return tensor.shape[0], lambda start, stop: pack_weight(tensor[start:stop], name, has_min)
 
 
 def _meta_model(signature: Signature) -> CudaModel:

@@ -55,7 +55,7 @@ class BlockFormat:
         return GGML_QUANT_SIZES[self.type][0]
 
 
-def _bytes(block: np.ndarray, start: int, stop: int) -> np.ndarray:
+def block_bytes(block: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Copy some bytes of every block: uint8 [n, stop - start], contiguous.
 
     One opaque item per block copies several times faster than its bytes one by one.
@@ -98,29 +98,29 @@ def _join_runs(runs: list[np.ndarray]) -> np.ndarray:
     return joined.view(np.int8)
 
 
-def _half(block: np.ndarray, start: int) -> np.ndarray:
+def half_step(block: np.ndarray, start: int) -> np.ndarray:
     """Return a float16 per block, [n, 1]."""
-    return _bytes(block, start, start + 2).view(np.float16)
+    return block_bytes(block, start, start + 2).view(np.float16)
 
 
-def _half_pair(block: np.ndarray) -> np.ndarray:
+def half_pair(block: np.ndarray) -> np.ndarray:
     """Return the two float16 that open a block, [n, 1, 2]."""
-    return _bytes(block, 0, 4).view(np.float16).reshape(-1, 1, 2)
+    return block_bytes(block, 0, 4).view(np.float16).reshape(-1, 1, 2)
 
 
 def _q4_0(block: np.ndarray) -> Blocks:
-    codes = _pair_nibbles(_bytes(block, 2, 18).reshape(-1, 1, 16))
-    return Blocks(codes, None, _half(block, 0))
+    codes = _pair_nibbles(block_bytes(block, 2, 18).reshape(-1, 1, 16))
+    return Blocks(codes, None, half_step(block, 0))
 
 
 def _q4_1(block: np.ndarray) -> Blocks:
-    codes = _pair_nibbles(_bytes(block, 4, 20).reshape(-1, 1, 16))
+    codes = _pair_nibbles(block_bytes(block, 4, 20).reshape(-1, 1, 16))
     return Blocks(codes, None, _step_and_negated_offset(block))
 
 
 def _step_and_negated_offset(block: np.ndarray) -> np.ndarray:
     """Q4_1 and Q5_1 add an offset where the K-quants subtract a minimum; flipping a sign bit is exact."""
-    pair = _bytes(block, 0, 4).view(np.uint16).reshape(-1, 1, 2)
+    pair = block_bytes(block, 0, 4).view(np.uint16).reshape(-1, 1, 2)
     pair[..., 1] ^= 0x8000
     return pair.view(np.float16)
 
@@ -135,61 +135,68 @@ def _five_bits(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def _q5_0(block: np.ndarray) -> Blocks:
-    return Blocks(_five_bits(_bytes(block, 6, 22), _bytes(block, 2, 6)), None, _half(block, 0))
+    return Blocks(_five_bits(block_bytes(block, 6, 22), block_bytes(block, 2, 6)), None, half_step(block, 0))
 
 
 def _q5_1(block: np.ndarray) -> Blocks:
-    return Blocks(_five_bits(_bytes(block, 8, 24), _bytes(block, 4, 8)), None, _step_and_negated_offset(block))
+    return Blocks(
+        _five_bits(block_bytes(block, 8, 24), block_bytes(block, 4, 8)), None, _step_and_negated_offset(block)
+    )
 
 
 def _q8_0(block: np.ndarray) -> Blocks:
-    return Blocks(_bytes(block, 2, 34).view(np.int8), None, _half(block, 0))
+    return Blocks(block_bytes(block, 2, 34).view(np.int8), None, half_step(block, 0))
 
 
 def _q3_k(block: np.ndarray) -> Blocks:
-    third, low = _bytes(block, 0, 32), _runs(_bytes(block, 32, 96))
+    third, low = block_bytes(block, 0, 32), _runs(block_bytes(block, 32, 96))
     codes = []
     for run in range(8):
         # A set bit means that there is no 4 to subtract.
         codes.append((((low[run // 4] >> (2 * (run % 4))) & 3) | (((third >> run) & 1) << 2)) - np.uint8(4))
-    packed = _bytes(block, 96, 108)
+    packed = block_bytes(block, 96, 108)
     low_scale = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
     high_scale = (packed[:, None, 8:] >> np.array([0, 2, 4, 6], np.uint8).reshape(1, 4, 1)) & 3
     sub = (low_scale | (high_scale.reshape(-1, 16) << 4)) - np.uint8(32)
-    return Blocks(_join_runs(codes), sub.view(np.int8), _half(block, 108))
+    return Blocks(_join_runs(codes), sub.view(np.int8), half_step(block, 108))
 
 
-def _six_bit_pairs(packed: np.ndarray) -> np.ndarray:
+def six_bit_pairs(packed: np.ndarray) -> np.ndarray:
     """Q4_K's and Q5_K's 12 bytes of 6-bit scales and minima -> int8 [n, 8, 2]; four groups per 32-bit word."""
     words = packed.view(np.uint32)
     scale, minimum, rest = words[:, 0], words[:, 1], words[:, 2]
     mask, top = np.uint32(0x3F3F3F3F), np.uint32(0x30303030)
     low, four, two = np.uint32(0x0F0F0F0F), np.uint32(4), np.uint32(2)
-    sub = np.empty((len(packed), 2, 4, 2), np.int8)
-    sub[:, 0, :, 0] = (scale & mask).view(np.int8).reshape(-1, 4)
-    sub[:, 1, :, 0] = ((rest & low) | ((scale >> two) & top)).view(np.int8).reshape(-1, 4)
-    sub[:, 0, :, 1] = (minimum & mask).view(np.int8).reshape(-1, 4)
-    sub[:, 1, :, 1] = (((rest >> four) & low) | ((minimum >> two) & top)).view(np.int8).reshape(-1, 4)
-    return sub.reshape(-1, 8, 2)
+    levels = np.empty((2, len(packed), 2), np.uint32)
+    levels[0, :, 0] = scale & mask
+    levels[0, :, 1] = (rest & low) | ((scale >> two) & top)
+    levels[1, :, 0] = minimum & mask
+    levels[1, :, 1] = ((rest >> four) & low) | ((minimum >> two) & top)
+    # Pairs of bytes are put together as 16-bit numbers: several times faster than byte by byte.
+    scales, minima = levels.view(np.uint8).reshape(2, -1)
+    pairs = minima.astype(np.uint16)
+    pairs <<= np.uint16(8)
+    pairs |= scales
+    return pairs.view(np.int8).reshape(-1, 8, 2)
 
 
 def _q4_k(block: np.ndarray) -> Blocks:
-    codes = _pair_nibbles(_bytes(block, 16, 144).reshape(-1, 4, 32))
-    return Blocks(codes, _six_bit_pairs(_bytes(block, 4, 16)), _half_pair(block))
+    codes = _pair_nibbles(block_bytes(block, 16, 144).reshape(-1, 4, 32))
+    return Blocks(codes, six_bit_pairs(block_bytes(block, 4, 16)), half_pair(block))
 
 
 def _q5_k(block: np.ndarray) -> Blocks:
-    high, low = _bytes(block, 16, 48), _runs(_bytes(block, 48, 176))
+    high, low = block_bytes(block, 16, 48), _runs(block_bytes(block, 48, 176))
     codes = []
     for group in range(8):
         nibble = low[group // 2] & 15 if group % 2 == 0 else low[group // 2] >> 4
         codes.append((nibble | (((high >> group) & 1) << 4)) - np.uint8(16))
-    sub, step = _six_bit_pairs(_bytes(block, 4, 16)), _half_pair(block)
+    sub, step = six_bit_pairs(block_bytes(block, 4, 16)), half_pair(block)
     return Blocks(_join_runs(codes), sub, step)
 
 
 def _q6_k(block: np.ndarray) -> Blocks:
-    low, high = _runs(_bytes(block, 0, 128)), _runs(_bytes(block, 128, 192))
+    low, high = _runs(block_bytes(block, 0, 128)), _runs(block_bytes(block, 128, 192))
     codes = []
     for half in range(2):
         first, second, top = low[2 * half], low[2 * half + 1], high[half]
@@ -199,8 +206,8 @@ def _q6_k(block: np.ndarray) -> Blocks:
             (first >> 4) | (top & 0x30),
             (second >> 4) | ((top >> 2) & 0x30),
         ]
-    sub = _bytes(block, 192, 208).view(np.int8)
-    return Blocks(_join_runs([code - np.uint8(32) for code in codes]), sub, _half(block, 208))
+    sub = block_bytes(block, 192, 208).view(np.int8)
+    return Blocks(_join_runs([code - np.uint8(32) for code in codes]), sub, half_step(block, 208))
 
 
 # The points of the non-uniform 4-bit grid are whole numbers. A byte of two codes -> its low and its high code's point.
@@ -219,14 +226,14 @@ def _iq4_values(packed: np.ndarray) -> np.ndarray:
 
 
 def _iq4_nl(block: np.ndarray) -> Blocks:
-    return Blocks(_iq4_values(_bytes(block, 2, 18)), None, _half(block, 0))
+    return Blocks(_iq4_values(block_bytes(block, 2, 18)), None, half_step(block, 0))
 
 
 def _iq4_xs(block: np.ndarray) -> Blocks:
-    high = _bytes(block, 2, 4).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)
+    high = block_bytes(block, 2, 4).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)
     low = np.stack([block[:, 4:8] & 15, block[:, 4:8] >> 4], axis=-1).reshape(-1, 8)
     sub = (low | ((high.astype(np.uint8) & 3) << 4)) - np.uint8(32)
-    return Blocks(_iq4_values(_bytes(block, 8, 136)), sub.view(np.int8), _half(block, 0))
+    return Blocks(_iq4_values(block_bytes(block, 8, 136)), sub.view(np.int8), half_step(block, 0))
 
 
 FORMATS = {
@@ -247,6 +254,9 @@ FORMATS = {
 }
 # Kept as they are, in their own dtype.
 FLOAT_TYPES = {GGML.F32: np.dtype("<f4"), GGML.F16: np.dtype("<f2"), GGML.BF16: np.dtype("<u2")}
-# Decoded by gguf-py and quantized again: groups of 16 with a minimum are none of our formats.
-REQUANTIZED_TYPES = (GGML.Q2_K,)
+# Decoded by gguf-py and quantized again: their grids and groups are none of our formats.
+REQUANTIZED_TYPES = (
+    GGML.Q2_K, GGML.IQ1_S, GGML.IQ1_M, GGML.IQ2_XXS, GGML.IQ2_XS, GGML.IQ2_S, GGML.IQ3_XXS, GGML.IQ3_S,
+    GGML.TQ1_0, GGML.TQ2_0, GGML.MXFP4,
+)  # fmt: skip
 SUPPORTED_TYPES = (*FLOAT_TYPES, *FORMATS, *REQUANTIZED_TYPES)

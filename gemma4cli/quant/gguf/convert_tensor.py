@@ -33,8 +33,11 @@ _FLOAT_DTYPES = {GGML.F32: torch.float32, GGML.F16: torch.float16, GGML.BF16: to
 REQUANTIZED_AS = QuantSpec(bits=4, group_size=32, symmetric=False, method="min-max")
 
 
-def convert_tensor(source: GGUFTensor, pool: ThreadPoolExecutor) -> Tensor:
-    """Return the tensor in memory of its own; a matrix keeps its codes and scales exactly, except Q2_K's."""
+def convert_tensor(source: GGUFTensor, pool: ThreadPoolExecutor | None) -> Tensor:
+    """Return the tensor in memory of its own; a matrix keeps its codes and scales exactly, except Q2_K's.
+
+    Args: pool: whose threads decode; None for the calling one.
+    """
     if source.type in FLOAT_TYPES:
         return _plain(source)
     if source.type in FORMATS:
@@ -84,7 +87,7 @@ def _pieces(start: int, stop: int, row_bytes: int, piece_bytes: int) -> Iterator
         yield first, min(first + step, stop)
 
 
-def _each_slab(source: GGUFTensor, work: Callable[[int, int], None], pool: ThreadPoolExecutor) -> None:
+def _each_slab(source: GGUFTensor, work: Callable[[int, int], None], pool: ThreadPoolExecutor | None) -> None:
     """Call `work(start, stop)` for slabs of rows, on the pool's threads; rows that are done with leave our memory."""
     row_bytes = source.nbytes // source.rows
 
@@ -94,6 +97,10 @@ def _each_slab(source: GGUFTensor, work: Callable[[int, int], None], pool: Threa
         source.drop_pages(start, stop)
 
     shares = _pieces(0, source.rows, row_bytes, _SHARE_BYTES)
+    if pool is None:
+        for start, stop in shares:
+            share(start, stop)
+        return
     for future in [pool.submit(share, start, stop) for start, stop in shares]:
         future.result()
 
@@ -123,7 +130,7 @@ def _parts(source: GGUFTensor, block_format: BlockFormat, device: torch.device) 
     return codes, sub, torch.empty((rows, blocks, *pair), dtype=torch.float16, device=device)
 
 
-def _decode(source: GGUFTensor, pool: ThreadPoolExecutor) -> Tensor:
+def _decode(source: GGUFTensor, pool: ThreadPoolExecutor | None) -> Tensor:
     block_format = FORMATS[source.type]
     parts = _parts(source, block_format, torch.device("cpu"))
     arrays = [None if part is None else part.numpy() for part in parts]
@@ -137,8 +144,7 @@ def _decode(source: GGUFTensor, pool: ThreadPoolExecutor) -> Tensor:
 
     _each_slab(source, work, pool)
     if not bool(parts[2].isfinite().all()):
-        raise G4Error(f"Tensor {source.name} of {source.file.path} has scales that are not finite numbers.",
-                      hint="The file is damaged; fetch it again.")  # fmt: skip
+        raise _not_finite(source)
     return _assemble(source, block_format, *parts)
 
 
@@ -157,13 +163,21 @@ def _assemble(source: GGUFTensor, block_format: BlockFormat, qdata: Tensor, sub:
     return IntxUnpackedToInt8Tensor(qdata, step, zero_point, target_dtype, block_size, torch.float32, None)
 
 
-def _requantize(source: GGUFTensor, pool: ThreadPoolExecutor) -> Tensor:
+def _not_finite(source: GGUFTensor) -> G4Error:
+    return G4Error(f"Tensor {source.name} of {source.file.path} has scales that are not finite numbers.",
+                   hint="The file is damaged; fetch it again.")  # fmt: skip
+
+
+def _requantize(source: GGUFTensor, pool: ThreadPoolExecutor | None) -> Tensor:
     from gemma4cli.quant.groupwise import quantize
 
     builder = MatrixBuilder(_matrix(source), REQUANTIZED_AS)
 
     def work(start: int, stop: int) -> None:
-        builder.put(start, quantize(torch.from_numpy(reference_rows(source, start, stop)), REQUANTIZED_AS))
+        values = torch.from_numpy(reference_rows(source, start, stop))
+        if not bool(values.isfinite().all()):
+            raise _not_finite(source)
+        builder.put(start, quantize(values, REQUANTIZED_AS))
 
     _each_slab(source, work, pool)
     return builder.finish()

@@ -17,7 +17,7 @@ import math
 import mmap
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,12 @@ class GGUFTensor:
         count = (stop - start) * row_bytes
         raw = np.frombuffer(self.file.mapping, np.uint8, count, self.offset + start * row_bytes)
         return raw.reshape(stop - start, row_bytes)
+
+    def slice(self, start: int, stop: int) -> GGUFTensor:
+        """Return rows `start` to `stop` as a tensor of its own."""
+        row_bytes = self.nbytes // self.rows
+        place, nbytes = self.offset + start * row_bytes, (stop - start) * row_bytes
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=place, nbytes=nbytes)
 
     def drop_pages(self, start: int, stop: int) -> None:
         """Tell the kernel that these rows are no longer needed, so that their pages do not count as our memory."""
