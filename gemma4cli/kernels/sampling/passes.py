@@ -11,6 +11,9 @@ Tokens more than 26 below the best are not listed: they cannot win the draw (mod
 
 No atomics and no order that depends on timing: partial results lie in scratch memory by program, the list is ordered by
 token, so equal inputs give equal bits. Nothing is read on the host; a pass that the settings make needless returns.
+
+Where the address of a store depends on a pointer's contents, the load stands in the kernel itself, not in a helper:
+PyTorch's analysis of what a kernel writes follows addresses into calls, and would copy an input that it finds there.
 """
 
 from __future__ import annotations
@@ -63,23 +66,6 @@ def _score(logit, highest, temperature):
 
 
 @triton.jit
-def _highest(peak_ptr, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
-    block = tl.arange(0, PADDED)
-    return _clamp(tl.max(tl.load(peak_ptr + block, mask=block < BLOCKS, other=float("-inf")), axis=0))
-
-
-@triton.jit
-def _limits_k(top_k_ptr, V):
-    top_k = tl.load(top_k_ptr)
-    return (top_k > 0) & (top_k < V)
-
-
-@triton.jit
-def _limits_p(top_p_ptr):
-    return tl.load(top_p_ptr) < 1.0
-
-
-@triton.jit
 def _at(values, index, SIZE: tl.constexpr):
     """values[index] of a tensor [SIZE]; 0 past its end."""
     return tl.sum(tl.where(tl.arange(0, SIZE) == index, values, 0), axis=0)
@@ -120,9 +106,12 @@ def tally(
 ):
     """Count and weigh BLOCK tokens at or above each edge: count, mass [BLOCKS, EDGES]; total [BLOCKS] is all mass."""
     temperature = tl.load(temperature_ptr)
-    if (temperature > 0.0) & (_limits_k(top_k_ptr, V) | _limits_p(top_p_ptr)):
+    top_k = tl.load(top_k_ptr)
+    filters = ((top_k > 0) & (top_k < V)) | (tl.load(top_p_ptr) < 1.0)
+    if (temperature > 0.0) & filters:
         block = tl.program_id(0)
-        highest = _highest(peak_ptr, BLOCKS, PADDED)
+        padded = tl.arange(0, PADDED)
+        highest = _clamp(tl.max(tl.load(peak_ptr + padded, mask=padded < BLOCKS, other=float("-inf")), axis=0))
         edge = tl.arange(0, EDGES)
         threshold = edge.to(tl.float32) * (_RANGE / EDGES) - _RANGE  # exact: few bits
         # Edges are the first axis: one thread holds a token and all edges, so that its score is computed once.
@@ -181,22 +170,25 @@ def gather(
         token = pid * BLOCK + tl.arange(0, BLOCK)
         inside = token < V
         logit = tl.load(logits_ptr + token, mask=inside, other=float("-inf"))
-        score = _score(logit, _highest(peak_ptr, BLOCKS, PADDED), temperature)
+        block = tl.arange(0, PADDED)
+        highest = _clamp(tl.max(tl.load(peak_ptr + block, mask=block < BLOCKS, other=float("-inf")), axis=0))
+        score = _score(logit, highest, temperature)
         sure = inside
-        limits_k = _limits_k(top_k_ptr, V)
-        limits_p = _limits_p(top_p_ptr)
+        top_k = tl.load(top_k_ptr)
+        top_p = tl.load(top_p_ptr)
+        limits_k = (top_k > 0) & (top_k < V)
+        limits_p = top_p < 1.0
         if limits_k | limits_p:
             edge = tl.arange(0, EDGES)
-            block = tl.arange(0, PADDED)
             tile = block[:, None] * EDGES + edge[None, :]
             in_tile = (block < BLOCKS)[:, None]
             counts = tl.sum(tl.load(count_ptr + tile, mask=in_tile, other=0), axis=0)
             masses = tl.sum(tl.load(mass_ptr + tile, mask=in_tile, other=0.0), axis=0)
             total = tl.sum(tl.load(total_ptr + block, mask=block < BLOCKS, other=0.0), axis=0)
-            top_k_bin = tl.max(tl.where(counts >= tl.load(top_k_ptr), edge, 0), axis=0)
+            top_k_bin = tl.max(tl.where(counts >= top_k, edge, 0), axis=0)
             # The least mass that top-k may leave gives the highest bin of top-p; without top-k it is the only one.
             left = tl.where(limits_k, _at(masses, top_k_bin + 1, EDGES), total)
-            top_p_bin = tl.max(tl.where(masses >= tl.load(top_p_ptr) * left, edge, 0), axis=0)
+            top_p_bin = tl.max(tl.where(masses >= top_p * left, edge, 0), axis=0)
             first = tl.where(limits_k, top_k_bin, top_p_bin)
             end = tl.where(limits_p, tl.maximum(first, top_p_bin), first) + 1
             bottom = first.to(tl.float32) * (_RANGE / EDGES) - _RANGE
@@ -320,14 +312,15 @@ def finish(
             least = _NEVER
             left = tl.load(bound_ptr + 3)
             above = tl.load(bound_ptr + 2)
-            if _limits_k(top_k_ptr, V):
-                top_k = tl.load(top_k_ptr).to(tl.int32)
+            top_k = tl.load(top_k_ptr)
+            if (top_k > 0) & (top_k < V):
                 above_count = tl.load(above_count_ptr)
                 least = _threshold(listed_score_ptr, count, bound_ptr, above_count, top_k, least, False, BITS, LANES)
                 if least > _NEVER:
                     left = above + _mass_from(listed_score_ptr, count, least, LANES)
-            if _limits_p(top_p_ptr):
-                target = tl.load(top_p_ptr) * left
+            top_p = tl.load(top_p_ptr)
+            if top_p < 1.0:
+                target = top_p * left
                 least = tl.maximum(
                     least, _threshold(listed_score_ptr, count, bound_ptr, above, target, least, True, BITS, LANES)
                 )
