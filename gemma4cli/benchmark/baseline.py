@@ -82,8 +82,7 @@ def compare(before: list[dict[str, Any]], now: list[dict[str, Any]], limit: floa
     changes = []
     for key in shared:
         old, new = then[key]["median_ts"], today[key]["median_ts"]
-        change = new / old - 1
-        changes.append(Change(key[1], key[0], old, new, change, regressed=change < -limit))
+        changes.append(Change(key[1], key[0], old, new, new / old - 1, regressed=new < old * (1 - limit)))
     first_then, first_now = then[shared[0]], today[shared[0]]
     different = [
         (name, first_then.get(name), first_now.get(name))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from gemma4cli.benchmark.subject import Subject
 from gemma4cli.errors import G4Error
+from gemma4cli.export.bundle import ALWAYS_VERIFIED_BYTES
+from gemma4cli.files import sha256_file
 from gemma4cli.quant.manifest import MANIFEST_FILE
 from gemma4cli.workspace import Workspace
 
@@ -46,10 +49,18 @@ def find_text(reference: Path, given: Path | None) -> Path:
 
 
 def _is_source(path: Path, subject: Subject) -> bool:
-    """Whether the weight files that a manifest names lie here with their sizes; a plain checkpoint is its own."""
+    """Whether the weight files that a manifest names are these; a plain checkpoint is its own source."""
     if subject.source is None:
         return subject.path.resolve() == path.resolve()
     weights = {name: record for name, record in subject.source["files"].items() if name.endswith(".safetensors")}
-    return bool(weights) and all(
-        (path / name).is_file() and (path / name).stat().st_size == record["bytes"] for name, record in weights.items()
-    )
+    return bool(weights) and all(_matches(path / name, record) for name, record in weights.items())
+
+
+def _matches(file: Path, record: Mapping[str, Any]) -> bool:
+    """Compare size and hash; the hash of a large file only where the Hub's cache has it in the name of the blob."""
+    if not file.is_file() or file.stat().st_size != record["bytes"]:
+        return False
+    if record["bytes"] < ALWAYS_VERIFIED_BYTES:
+        return sha256_file(file) == record["sha256"]
+    blob = file.resolve()
+    return blob.parent.name != "blobs" or blob.name == record["sha256"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from gemma4cli.engine.base import GenerationRequest, GenerationResult
 from gemma4cli.engine.runner import RunnerEngine
@@ -194,6 +197,32 @@ def test_statistics_are_measured_and_plausible(engine: RunnerEngine) -> None:
 def test_a_token_outside_the_vocabulary_is_refused_with_its_position(engine: RunnerEngine) -> None:
     with pytest.raises(G4Error, match=f"Token {VOCAB} at position 1 is outside the vocabulary of {VOCAB}"):
         answer(engine, (2, VOCAB, 3), 1, session="vocabulary")
+
+
+def test_logits_are_given_after_every_token(engine: RunnerEngine) -> None:
+    """Given up half way, too, the next ones are right."""
+    prompt = random_tokens(8, CONTEXT - 2)
+    model, greedy = mini_program.MiniModel(), mini_program.GREEDY
+    expected = [model(*mini_program._inputs([token], position, greedy))[1] for position, token in enumerate(prompt)]
+    unfinished = engine.logits(prompt)
+    assert next(unfinished).shape == (1, VOCAB)
+    unfinished.close()
+    rows = np.concatenate(list(engine.logits(prompt)))
+    torch.testing.assert_close(torch.from_numpy(rows), torch.cat(expected), rtol=1e-4, atol=1e-3)
+    assert len(list(engine.logits(prompt, chunk=CHUNK))) == -(-len(prompt) // CHUNK)
+
+
+def test_logits_that_cannot_be_had_are_an_error(
+    engine: RunnerEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(G4Error, match=f"Token {VOCAB} at position 1 is outside the vocabulary"):
+        list(engine.logits([1, VOCAB]))
+    with pytest.raises(G4Error, match=f"has {CONTEXT} tokens, but the context holds {CONTEXT}"):
+        list(engine.logits([1] * CONTEXT))
+    (tmp_path / "a b").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a b"))
+    with pytest.raises(G4Error, match="cannot be named to the runner"):
+        list(engine.logits([1, 2]))
 
 
 def test_the_runner_reports_the_contract_that_was_exported(engine: RunnerEngine) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gemma4cli import __version__, native
@@ -93,6 +94,10 @@ def test_the_bundles_own_stop_ids_are_the_default(bundle: Path) -> None:
         ("generate id=1 tokens=1 top_p=0", "top_p must be above 0 and at most 1 (off)."),
         ("generate id=1 tokens=1 min_p=1", "min_p must be from 0 (off) to below 1."),
         ("generate id=1 tokens=1 seed=-1", "seed must be from 0 to 2^63 - 1."),
+        ("generate id=1 tokens=1 chunk=0", f"chunk must be from 1 to {CHUNK}."),
+        (f"generate id=1 tokens=1 chunk={CHUNK + 1}", f"chunk must be from 1 to {CHUNK}."),
+        ("generate id=1 tokens=1 chunk=x", "chunk is `x`, not a whole number."),
+        ("generate id=1 tokens=1 logits=/nowhere/x", "/nowhere/x cannot be written: No such file or directory."),
         ("close", "`close` needs session=..."),
         ("close session=nobody", "There is no session `nobody`."),
         ("cancel", "`cancel` needs id=..."),
@@ -139,6 +144,38 @@ def test_an_id_that_is_being_answered_cannot_be_used_again(bundle: Path) -> None
     replies = converse(bundle, *["generate id=1 tokens=5 stop="] * 2)
     errors = [reply["message"] for reply in replies if reply["event"] == "error"]
     assert errors in (["Request 1 is still being answered."], [])  # [] when the first was faster than the reader
+
+
+@pytest.mark.parametrize("chunk", [1, 2, CHUNK])
+def test_chunks_of_any_size_say_the_same(bundle: Path, chunk: int) -> None:
+    prompt = [3 * i % VOCAB for i in range(3 * CHUNK + 1)]
+    line = f"generate id=1 tokens={','.join(map(str, prompt))} chunk={chunk} max_new_tokens=4 stop="
+    replies = converse(bundle, line)
+    assert tokens_of(replies, 1) == reference_tokens(prompt, 4)
+
+
+def test_logits_of_every_step_are_appended_to_a_file(bundle: Path, tmp_path: Path) -> None:
+    """One row per step, and each row's largest is the token that a greedy step chose."""
+    file = tmp_path / "logits"
+    prompt = [3 * i % VOCAB for i in range(2 * CHUNK)]
+    line = f"generate id=%d tokens={','.join(map(str, prompt))} chunk=%d max_new_tokens=3 stop= logits={file}"
+    replies = converse(bundle, line % (1, CHUNK), "close session=default", line % (2, 1))
+    rows = np.fromfile(file, dtype=np.float32).reshape(-1, VOCAB)
+    assert len(rows) == (2 + 2) + (2 * CHUNK + 2)
+    first, second = rows[:4], rows[4:]
+    assert first.argmax(-1).tolist()[1:] == tokens_of(replies, 1)
+    assert second.argmax(-1).tolist()[-3:] == tokens_of(replies, 2)
+    np.testing.assert_allclose(second[[CHUNK - 1, 2 * CHUNK - 1]], first[:2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_is_told(bundle: Path, threads: int) -> None:
+    finished = run("--bundle", bundle, "--threads", str(threads), stdin=b"")
+    assert json.loads(finished.stdout)["threads"] == threads
+    alone = run(
+        "--bundle", bundle, "--threads", str(threads), "--tokens", "2,5,9", "--max-new-tokens", "4", "--stop", ""
+    )
+    assert alone.stdout.split() == [b"%d" % token for token in reference_tokens((2, 5, 9), 4)]
 
 
 def test_info_lists_the_sessions_and_close_frees_them(bundle: Path) -> None:
@@ -222,6 +259,9 @@ def test_version_and_help_need_no_bundle() -> None:
         (["--bundle"], "`--bundle` is not an option, or its value is missing."),
         (["--frobnicate"], "`--frobnicate` is not an option, or its value is missing."),
         (["--bundle", "x", "extra"], "`extra` is not an option."),
+        (["--bundle", "x", "--threads", "0"], "--threads must be from 1 to 1024."),
+        (["--bundle", "x", "--threads", "1025"], "--threads must be from 1 to 1024."),
+        (["--bundle", "x", "--threads", "two"], "--threads is `two`, not a whole number."),
         (["--bundle", "x", "--tokens", "1,x"], "--tokens is `x`, not a whole number."),
         (["--bundle", "x", "--tokens-file", "/nonexistent"], "/nonexistent cannot be read."),
     ],

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -257,6 +258,8 @@ def test_prompts_that_do_not_fit(engine: EagerEngine) -> None:
         engine.generate(_request((5, 160)))
     with pytest.raises(G4Error, match="The prompt is empty"):
         _request(())
+    with pytest.raises(G4Error, match="chunk is 0; it must be at least 1"):
+        _request((1, 2), chunk=0)
     with pytest.raises(G4Error, match="max_new_tokens is 0"):
         _request((1,), 0)
 
@@ -333,3 +336,23 @@ def test_weights_that_do_not_fit_are_refused_before_loading(folder: Path, quanti
         weight_form(plain, torch.float32, 1 << 20)
     with pytest.raises(G4Error, match=r"The weights need \d+ KiB; 10.0 KiB are free"):
         weight_form(open_checkpoint(quantized), torch.float32, 10 << 10)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, CHUNK, 1000])
+def test_a_prompt_may_be_read_in_smaller_pieces(engine: EagerEngine, oracle: Gemma4, chunk: int) -> None:
+    tokens = _tokens(40)
+    assert _answer(engine, tokens, chunk=chunk).result.tokens == _expected(oracle, tokens, 8)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_logits_are_given_after_every_token(engine: EagerEngine, oracle: Gemma4, chunk: int | None) -> None:
+    """The second time, too, and without disturbing a conversation."""
+    tokens = _tokens(50)
+    expected = oracle(torch.tensor([tokens]), torch.arange(50), last_only=False)[0]
+    _answer(engine, _tokens(20, seed=1))
+    for _ in range(2):
+        rows = np.concatenate(list(engine.logits(tokens, chunk=chunk)))
+        torch.testing.assert_close(torch.from_numpy(rows), expected, rtol=0, atol=2e-4)
+    assert _answer(engine, _tokens(20, seed=1)).result.stats.reused_tokens == 19
+    with pytest.raises(G4Error, match="outside the vocabulary"):
+        next(engine.logits([160]))
