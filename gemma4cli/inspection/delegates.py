@@ -106,7 +106,7 @@ def _cuda(data: memoryview) -> Blob:
     for _ in range(count):
         name, key = cursor.text(), cursor.text()
         nbytes, dtype, device, _, dimensions = cursor.numbers("QiiqI")
-        if dimensions > len(data) // 8:
+        if dimensions > len(data) // 8:  # before that many numbers are asked for
             raise Malformed(f"a weight of a CUDA delegate has {dimensions:,} dimensions")
         shape = sound_shape(cursor.numbers(f"{dimensions}q"))
         cursor.numbers(f"{dimensions}q")  # strides

@@ -19,6 +19,7 @@ from gemma4cli.inspection.tensors import dtype_name, nbytes_of, sound_shape
 IDENTIFIER = b"FT01"
 _HEADER = b"FH01"
 _HEADER_BYTES = 40
+_SHOWN_NAME = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,12 @@ def _entries(data: memoryview) -> dict[str, DataEntry]:
 
 def _entry(table: Table, segments: Sequence[Span]) -> tuple[str, DataEntry]:
     key, index, layout = table.text(0) or "", table.scalar(1, "I"), table.table(2)
+    shown = repr(key[:_SHOWN_NAME])
     if index >= len(segments):
-        raise Malformed(f"{key!r} refers to segment {index} of {len(segments)}")
+        raise Malformed(f"{shown} refers to segment {index} of {len(segments)}")
     if layout is None:
         return key, DataEntry(segments[index], None, None)
     dtype, shape = dtype_name(layout.scalar(0, "b")), sound_shape(layout.numbers(1, "i"))
     if nbytes_of(dtype, shape) > segments[index].size:
-        raise Malformed(f"{key!r} has {segments[index].size:,} of {nbytes_of(dtype, shape):,} bytes")
+        raise Malformed(f"{shown} has {segments[index].size:,} of {nbytes_of(dtype, shape):,} bytes")
     return key, DataEntry(segments[index], dtype, shape)

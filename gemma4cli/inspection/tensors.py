@@ -17,6 +17,7 @@ _TYPES = {
     28: ("uint32", 32), 29: ("uint64", 64),
 }  # fmt: skip
 _BITS = dict(_TYPES.values())
+_MOST_DIMENSIONS = 16  # kTensorDimensionLimit of ExecuTorch's runtime
 _DEVICES = {0: "cpu", 1: "cuda"}
 
 STRUCT_CODES = {
@@ -41,9 +42,11 @@ def device_name(kind: int, index: int) -> str:
 
 
 def sound_shape(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return a shape after checking that no dimension is negative."""
+    """Return a shape after checking that ExecuTorch could have it."""
+    if len(sizes) > _MOST_DIMENSIONS:
+        raise Malformed(f"it has a tensor of {len(sizes):,} dimensions")
     if any(size < 0 for size in sizes):
-        raise Malformed(f"it has a tensor of the shape {list(sizes)}")
+        raise Malformed(f"it has a tensor with a dimension of {min(sizes)}")
     return tuple(sizes)
 
 

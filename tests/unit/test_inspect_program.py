@@ -224,7 +224,8 @@ def broken(change: Callable[[schema.ExecutionPlan], Any]) -> bytes:
         (lambda p: setattr(p.chains[0].instructions[1].instr_args, "delegate_index", 2), "refers to delegate 2 of 1"),
         (lambda p: setattr(p.delegates[0].processed, "index", 3), "it refers to delegate blob 3 of 1"),
         (lambda p: setattr(p.values[0].val, "data_buffer_idx", 9), "a tensor refers to constant 9 of 2"),
-        (lambda p: setattr(p.values[0].val, "sizes", [-2]), "it has a tensor of the shape [-2]"),
+        (lambda p: setattr(p.values[0].val, "sizes", [3, -2]), "it has a tensor with a dimension of -2"),
+        (lambda p: setattr(p.values[0].val, "sizes", [1] * 17), "it has a tensor of 17 dimensions"),
         (lambda p: setattr(p, "non_const_buffer_sizes", [0, -5]), "it plans memory of a negative size"),
     ],
 )
