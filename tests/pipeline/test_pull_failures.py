@@ -392,8 +392,8 @@ class TestTheModelIsNotForUs:
         untouched(machine)
 
     def test_a_gguf_type_that_cannot_be_converted(self, machine: Machine, tmp_path: Path) -> None:
-        machine.hub.add(REPO, {"m.gguf": small_gguf(tmp_path / "m.gguf", (GGMLQuantizationType.IQ2_XXS,))})
-        refused(machine.pull(REPO), f"{REPO}/m.gguf holds tensors of type IQ2_XXS", "another quantization, e.g. Q4_K_M")
+        machine.hub.add(REPO, {"m.gguf": small_gguf(tmp_path / "m.gguf", (GGMLQuantizationType.NVFP4,))})
+        refused(machine.pull(REPO), f"{REPO}/m.gguf holds tensors of type NVFP4", "another quantization, e.g. Q4_K_M")
         untouched(machine)
 
     @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ QUANTIZED_BY_GGUF_PY = (GGML.Q4_0, GGML.Q4_1, GGML.Q5_0, GGML.Q5_1, GGML.Q8_0)
 _STEPS = {
     GGML.Q4_0: (0,), GGML.Q4_1: (0, 2), GGML.Q5_0: (0,), GGML.Q5_1: (0, 2), GGML.Q8_0: (0,), GGML.IQ4_NL: (0,),
     GGML.Q2_K: (80, 82), GGML.Q3_K: (108,), GGML.Q4_K: (0, 2), GGML.Q5_K: (0, 2), GGML.Q6_K: (208,), GGML.IQ4_XS: (0,),
+    GGML.IQ1_S: (0,), GGML.IQ2_XXS: (0,), GGML.IQ2_XS: (0,), GGML.IQ2_S: (0,), GGML.IQ3_XXS: (0,), GGML.IQ3_S: (0,),
+    GGML.TQ1_0: (52,), GGML.TQ2_0: (64,), GGML.IQ1_M: (), GGML.MXFP4: (),
 }  # fmt: skip
 # llama.cpp's converter types these as text to be shown.
 _SHOWN = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
@@ -156,6 +158,13 @@ def random_blocks(kind: GGML, shape: tuple[int, int], rng: np.random.Generator) 
     for offset in _STEPS[kind]:
         steps = (rng.uniform(0.5, 1.5, len(blocks)) * rng.choice([-1, 1], len(blocks)) * 2e-4).astype("<f2")
         blocks[:, offset : offset + 2] = steps.view(np.uint8).reshape(-1, 2)
+    if kind == GGML.IQ1_M:  # its step's four nibbles are the high ones of four words
+        step = np.float16(2e-4).view(np.uint16)
+        for word in range(4):
+            high = blocks[:, 49 + 2 * word]
+            blocks[:, 49 + 2 * word] = high & 15 | np.uint8((step >> (4 * word)) & 15) << 4
+    if kind == GGML.MXFP4:
+        blocks[:, 0] = rng.integers(112, 118, len(blocks))  # exponents of 2, offset by 127
     return blocks.reshape(rows, -1)
 
 

@@ -198,9 +198,9 @@ def test_v_on_some_full_layers_only(tmp_path: Path, model: Model) -> None:
 
 
 def test_a_type_that_we_do_not_decode(tmp_path: Path, model: Model) -> None:
-    model.tensors["blk.0.ffn_up.weight"] = np.zeros((128, 64 // 32 * 17), np.uint8)
-    model.types["blk.0.ffn_up.weight"] = GGML.MXFP4
-    refuse(tmp_path, model, "Tensor blk.0.ffn_up.weight", "has type MXFP4, which g4 does not decode")
+    model.tensors["blk.0.ffn_up.weight"] = np.zeros((128, 64), np.int8)
+    model.types["blk.0.ffn_up.weight"] = GGML.I8
+    refuse(tmp_path, model, "Tensor blk.0.ffn_up.weight", "has type I8, which g4 does not decode")
 
 
 def generation_of(path: Path, model: Model) -> dict[str, object]:

@@ -20,6 +20,7 @@ from gemma4cli.errors import G4Error
 from gemma4cli.quant.gguf.blocks import FLOAT_TYPES, FORMATS, BlockFormat
 from gemma4cli.quant.gguf.reader import GGUFTensor
 from gemma4cli.quant.gguf.tensors import GGUFInt4Tensor, GGUFIntxTensor
+from gemma4cli.quant.groupwise import CodeRange, encode, in_groups, min_max_parameters
 from gemma4cli.quant.recipe import QuantSpec
 from gemma4cli.quant.tensors import MatrixBuilder, dequantize
 from gemma4cli.quant.torchao_types import Int4Tensor, IntxUnpackedToInt8Tensor
@@ -169,15 +170,16 @@ def _not_finite(source: GGUFTensor) -> G4Error:
 
 
 def _requantize(source: GGUFTensor, pool: ThreadPoolExecutor | None) -> Tensor:
-    from gemma4cli.quant.groupwise import quantize
-
+    """Quantize what gguf-py decodes. The zero point is no whole number: these types' grids lie even around 0."""
     builder = MatrixBuilder(_matrix(source), REQUANTIZED_AS)
 
     def work(start: int, stop: int) -> None:
         values = torch.from_numpy(reference_rows(source, start, stop))
         if not bool(values.isfinite().all()):
             raise _not_finite(source)
-        builder.put(start, quantize(values, REQUANTIZED_AS))
+        groups = in_groups(values, REQUANTIZED_AS)
+        scale, zero_point = min_max_parameters(groups, REQUANTIZED_AS)
+        builder.put(start, encode(groups, scale, zero_point.bfloat16().float(), CodeRange.of(REQUANTIZED_AS)))
 
     _each_slab(source, work, pool)
     return builder.finish()
