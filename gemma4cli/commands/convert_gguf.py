@@ -29,9 +29,7 @@ _WORST = 5
 def convert_gguf(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="FILE", help="A .gguf file, or the parts of one.", show_default="the last one pulled"
-        ),
+        typer.Argument(metavar="FILE", help="A .gguf file, or the parts of one.", show_default="the last one pulled"),
     ] = None,
     output: OutputOption = None,
     force: ForceOption = False,
@@ -41,8 +39,9 @@ def convert_gguf(
 ) -> None:
     """Make a quantized checkpoint of a GGUF file.
 
-    Nothing is quantized again: codes and scales are kept exactly; config, tokenizer, chat template and sampling
-    defaults come out of the file. g4 export and g4 run take a .gguf file directly and do this on the way.
+    Codes and scales are kept exactly; the few types that have no form here are quantized again, and the error is told.
+    Config, tokenizer, chat template and sampling defaults come out of the file. g4 export and g4 run take a .gguf file
+    directly and do this on the way.
     """
     console = open_console(json=json, quiet=quiet)
     workspace = Workspace.from_environment()

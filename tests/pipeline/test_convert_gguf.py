@@ -193,6 +193,28 @@ def test_the_command_takes_the_model_pulled_last(g4: RunG4, tiny: Path, tmp_path
     assert "is not a GGUF file" in refused.err
 
 
+@pytest.mark.parametrize(("kind", "format"), [(GGML.Q4_1, "torchao"), (GGML.BF16, "safetensors")])
+def test_the_result_can_be_registered_like_any_model(
+    g4: RunG4, tiny: Path, tmp_path: Path, kind: GGML, format: str
+) -> None:
+    convert_gguf([write(tmp_path / "m.gguf", describe(tiny, kind))], tmp_path / "out")
+    done = g4("pull", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["format"] == format
+
+
+def test_a_template_that_attacks_the_sandbox_costs_one_sentence(g4: RunG4, tiny: Path, tmp_path: Path) -> None:
+    """It is converted as the text it is; whoever renders it does so in the sandbox."""
+    victim = tmp_path / "victim"
+    attack = "{{ cycler.__init__.__globals__.os.system('touch " + str(victim) + "') }}"
+    file = write(tmp_path / "m.gguf", describe(tiny, GGML.Q8_0).set("tokenizer.chat_template", attack))
+    done = g4("run", file, "--prompt", "hi")
+    assert done.code == 1
+    assert done.err.count("error: ") == 1
+    assert "tries what the sandbox forbids" in done.err
+    assert not victim.exists()
+
+
 def test_a_gguf_path_is_converted_once(tiny: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "m.gguf", describe(tiny, GGML.Q8_0))
     first = ensure_converted(file, tmp_path / "checkpoints")

@@ -361,6 +361,26 @@ class TestTheModelIsNotForUs:
         refused(machine.pull(REPO), f"{REPO} holds tensors of type F8_E4M3, which g4 cannot quantize.", "g4 pull 31b")
         untouched(machine)
 
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            (
+                {"intermediate_size": 64},
+                "model.layers.0.mlp.gate_proj.weight has shape [128, 64], but config.json makes",
+            ),
+            ({"num_hidden_layers": 6}, "(and 82 more) does not belong to the model"),
+            ({"num_hidden_layers": 18}, "model.layers.12.input_layernorm.weight (and 82 more) is missing"),
+        ],
+    )
+    def test_weights_that_are_not_the_configs(
+        self, machine: Machine, checkpoint: dict[str, bytes], changes: dict[str, int], sentence: str
+    ) -> None:
+        if layers := changes.get("num_hidden_layers"):
+            changes["layer_types"] = (["sliding_attention"] * 5 + ["full_attention"]) * (layers // 6)
+        self.serve(machine, checkpoint, config__json=json.dumps(tiny_config_dict(**changes)).encode())
+        refused(machine.pull(REPO), sentence, "belong to different models")
+        untouched(machine)
+
     def test_only_vision(self, machine: Machine, checkpoint: dict[str, bytes], tmp_path: Path) -> None:
         save_file({"model.vision_tower.weight": torch.zeros(64)}, tmp_path / BIG)
         self.serve(machine, checkpoint, model__safetensors=(tmp_path / BIG).read_bytes())
