@@ -92,7 +92,7 @@ def _provenance(console: Console, o: Document) -> None:
         _fact(console, "re-encoded", f"{len(o['reencoded'])} matrices, relative error up to {worst:.4f}")
     _fact(console, "context", f"{o['context_length']:,} tokens, read in chunks of up to {o['prefill_chunk']:,}")
     for kind, kv in o["kv"].items():
-        layers = f"{kv['layers']} layers of {kv['slots']:,} slots"
+        layers = f"{_many(kv['layers'], 'layer')} of {kv['slots']:,} slots"
         _fact(console, f"{kind} cache", f"{format_bytes(kv['bytes'])} {kv['format']}, {layers}")
     targets = [target for target in o["targets"] if target != o["backend"]]
     _fact(console, "backend", ", ".join((o["backend"], *targets)))
@@ -186,13 +186,13 @@ def _counts(counts: Document) -> str:
 def _library(console: Console, library: Document, limits: Document) -> None:
     launches = "" if library["launches"] is None else f", {library['launches']:,} launches per call"
     console.line(
-        f"{printable(library['method'])}'s library: {format_bytes(library['bytes'])}, "
+        f"library of {printable(', '.join(library['methods']))}: {format_bytes(library['bytes'])}, "
         f"{_many(len(library['kernels']), 'kernel')}{launches}"
     )
     ptx = [f"{version} (PTX)" for version in library["ptx"]]
     _fact(console, "compiled for", ", ".join((*library["architectures"], *ptx)) or "no GPU")
     if library["compressed_images"]:
-        console.line(f"{library['compressed_images']} kernels hold compressed code, which is not read.")
+        console.line(f"{_many(library['compressed_images'], 'kernel')} with compressed code, which is not read")
     rows = [
         (shorten(k["name"], _KERNEL), k["architecture"], _known(k["launches"]), k["registers"], k["local_bytes"],
          k["static_shared_bytes"], _known(k["dynamic_shared_bytes"]))
@@ -204,8 +204,8 @@ def _library(console: Console, library: Document, limits: Document) -> None:
     worst = library["most_shared_memory"]
     if spilling:
         most = max(spilling, key=lambda kernel: kernel["local_bytes"])
-        _fact(console, "local memory", f"{len(spilling)} kernels use it, up to {most['local_bytes']} bytes per thread "
-                                       f"({shorten(most['name'])})")  # fmt: skip
+        bound = f"up to {most['local_bytes']} bytes per thread ({shorten(most['name'])})"
+        _fact(console, "local memory", f"{_many(len(spilling), 'kernel')}, {bound}")
     if worst:
         used = worst["static_shared_bytes"] + (worst["dynamic_shared_bytes"] or 0)
         bounds = ", ".join(f"{gpu} {used / limit:.0%}" for gpu, limit in limits.items())

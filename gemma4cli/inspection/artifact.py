@@ -123,7 +123,7 @@ def _open_bundle(folder: Path, verify: bool, progress: Progress) -> Artifact:
     files = bundle.manifest.files
     hashed = tuple(name for name, record in files.items() if verify or record.bytes < ALWAYS_VERIFIED_BYTES)
     data = tuple(read_data_file(path) for path in bundle.weights)
-    return Artifact(folder, bundle.manifest, read_program(bundle.program), data, hashed)
+    return Artifact(folder, bundle.manifest, read_program(bundle.program_for(bundle.manifest.targets[0])), data, hashed)
 
 
 def file_hashes(artifact: Artifact, progress: Progress = SILENT) -> dict[str, str]:

@@ -90,7 +90,7 @@ def _compare_kernels(a: Artifact, b: Artifact) -> Document:
 
 def _kernels(artifact: Artifact) -> dict[str, Document]:
     return {
-        f"{library['method']} {kernel['name']} {kernel['architecture']}": kernel
+        f"{', '.join(library['methods'])} {kernel['name']} {kernel['architecture']}": kernel
         for library in documents.delegates(artifact)["libraries"]
         for kernel in library["kernels"]
     }

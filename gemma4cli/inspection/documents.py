@@ -147,11 +147,14 @@ def _range(artifact: Artifact, value: Value, shape: tuple[int | str, ...]) -> st
 def delegates(artifact: Artifact) -> Document:
     """Every delegate, the operators left outside, and the GPU kernels of compiled libraries."""
     program = artifact.program
-    libraries = {part.blob.library: part for part in artifact.delegates if part.library}
+    libraries: dict[str | None, list[DelegatePart]] = {}
+    for part in artifact.delegates:
+        if part.library:
+            libraries.setdefault(part.blob.library, []).append(part)
     return {
         "delegates": [_delegate(part) for part in artifact.delegates],
         "outside": {m.name: m.operators for m in program.methods if not m.is_constant} if program else {},
-        "libraries": [_library(key, part) for key, part in libraries.items()],
+        "libraries": [_library(key, users) for key, users in libraries.items()],
         "limits": {gpu.key: gpu.shared_bytes_per_block for gpu in GPUS.values()},
     }
 
@@ -181,17 +184,18 @@ def _spec_text(value: bytes) -> str:
     )
 
 
-def _library(key: str | None, part: DelegatePart) -> Document:
-    assert part.library is not None
-    kernels = part.library.kernels
+def _library(key: str | None, users: list[DelegatePart]) -> Document:
+    library = users[0].library
+    assert library is not None
+    kernels = library.kernels
     worst = max(kernels, key=lambda kernel: kernel.shared_bytes, default=None)
-    closed = sum(bool(image.closed) for image in part.library.images)
+    closed = sum(bool(image.closed) for image in library.images)
     return {
         "library": key,
-        "method": part.method,
-        "bytes": part.library_bytes,
-        "architectures": part.library.architectures,
-        "ptx": sorted({str(a).replace("sm", "compute") for image in part.library.images for a in image.ptx}),
+        "methods": list(dict.fromkeys(part.method for part in users)),
+        "bytes": users[0].library_bytes,
+        "architectures": library.architectures,
+        "ptx": sorted({str(a).replace("sm", "compute") for image in library.images for a in image.ptx}),
         "compressed_images": closed,
         "launches": sum(k.launches or 0 for k in _once(kernels)) if all(k.launches for k in kernels) else None,
         "kernels": [_kernel(kernel) for kernel in kernels],

@@ -150,9 +150,12 @@ def check_gpu(artifact: Artifact, gpu: Gpu) -> GpuCheck:
         )
     unknown = sum(kernel.dynamic_shared_bytes is None for kernel in chosen)
     if unknown:
-        remarks.append(f"the dynamic shared memory of {unknown} kernels is not known")
+        remarks.append(f"dynamic shared memory is not known (kernels: {unknown})")
     if use.total > gpu.memory_bytes:
-        problems.append(f"it takes {format_bytes(use.total)} of {format_bytes(gpu.memory_bytes)} memory")
+        excess = use.total - gpu.memory_bytes
+        problems.append(
+            f"it takes {format_bytes(use.total)}, {format_bytes(excess)} more than its {format_bytes(gpu.memory_bytes)}"
+        )
     if not model.workspace_is_known:
         remarks.append("the program does not say what its kernels allocate while they run; that comes on top")
     longest = model.longest(gpu.memory_bytes, gpu.context_bytes)
@@ -189,7 +192,7 @@ def _choose(images: list[KernelImage], gpu: Gpu) -> tuple[list[Kernel], list[str
             f"{len(missing)} of {len(images)} kernels do not run on {name}: they are for {', '.join(kinds)}"
         )
     if unreadable:
-        remarks.append(f"the code of {unreadable} kernels is compressed and was not read")
+        remarks.append(f"compressed code was not read (kernels: {unreadable})")
     if compiled:
-        remarks.append(f"{compiled} kernels have no code for {name}; the driver would compile their PTX at load")
+        remarks.append(f"there is only PTX for {name}, which its driver would compile at load (kernels: {compiled})")
     return chosen, problems, remarks

@@ -116,8 +116,7 @@ def test_elf_files_are_read_as_pyelftools_reads_them(library: bytes) -> None:
 
 def test_launches_and_shared_memory_are_read_off_stripped_host_code(library: bytes) -> None:
     found = {
-        k.name: (k.launches, k.dynamic_shared_bytes, k.shared_bytes)
-        for k in read_library(memoryview(library)).kernels
+        k.name: (k.launches, k.dynamic_shared_bytes, k.shared_bytes) for k in read_library(memoryview(library)).kernels
     }
     assert found == {"scale": (3, 4096, 6144), "gather": (1, 0, 0), "reduce": (2, 70000, 70000)}
 
