@@ -7,13 +7,18 @@ What a matrix was made by (min-max, HQQ, a GGUF type) no longer matters afterwar
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gemma4cli.errors import G4Error
-from gemma4cli.kernels.quantized_matmul.format import STEP_WIDTH, PackedWeight, WeightFormat, assemble, pack
+from gemma4cli.kernels.quantized_matmul.format import (
+    STEP_WIDTH,
+    PackedWeight,
+    WeightFormat,
+    check_columns,
+    encode_levels,
+)
 from gemma4cli.quant.gguf.tensors import GGUFInt4Tensor, GGUFIntxTensor
-from gemma4cli.quant.tensors import unpack_nibbles
+from gemma4cli.quant.planes import words_of_bytes, words_of_nibbles
 from gemma4cli.quant.torchao_types import Int4Tensor, IntxUnpackedToInt8Tensor
 
 _GROUP = 32  # the kernels' group; wider groups repeat their scale
@@ -28,12 +33,12 @@ def pack_weight(tensor: Tensor, name: str, has_min: bool | None = None) -> Packe
     if has_min is None:
         has_min = _has_min(tensor)
     if isinstance(tensor, GGUFInt4Tensor):
-        return _pack_two_levels(tensor, tensor.codes(), 4)
+        return _with_own_levels(tensor, 4)
     if isinstance(tensor, GGUFIntxTensor):
-        return _pack_gguf_intx(tensor)
+        return _with_own_levels(tensor, 8 if tensor.bits == 8 else 6)
     if isinstance(tensor, Int4Tensor):
         scale, zero_point = (_per_group(p.t(), tensor.shape[1], name) for p in (tensor.scale, tensor.zero_point))
-        return _pack_affine(unpack_nibbles(tensor.qdata), scale, zero_point, 4, has_min)
+        return _with_affine_levels(tensor, scale, zero_point, 4, 0, has_min)
     if isinstance(tensor, IntxUnpackedToInt8Tensor):
         return _pack_intx(tensor, name, has_min)
     raise G4Error(
@@ -58,41 +63,51 @@ def _has_min(tensor: Tensor) -> bool:
     return isinstance(tensor, IntxUnpackedToInt8Tensor) and bool(tensor.zero_point.any())
 
 
-def _pack_two_levels(tensor: GGUFInt4Tensor | GGUFIntxTensor, code: Tensor, bits: int) -> PackedWeight:
-    """Pack unsigned (or, for 8 bits, signed) codes whose scales may already be (sub, step) pairs."""
+def _with_own_levels(tensor: GGUFInt4Tensor | GGUFIntxTensor, bits: int) -> PackedWeight:
+    """Pack codes whose scales may already be (sub, step) pairs."""
     columns = tensor.shape[1]
     if tensor.sub is not None and columns // tensor.step.shape[1] == STEP_WIDTH:
-        return assemble(code, tensor.sub, tensor.step, bits, columns // tensor.sub.shape[1])
-    scale, minimum = tensor.group_scales()
-    return pack(code, scale, minimum, bits, columns // scale.shape[1])
-
-
-def _pack_gguf_intx(tensor: GGUFIntxTensor) -> PackedWeight:
-    signed = tensor.qdata.to(torch.int16)
-    if tensor.bits == 8:
-        return _pack_two_levels(tensor, signed, 8)
+        sub, step = tensor.sub.contiguous(), tensor.step.contiguous()
+    else:
+        scale, minimum = tensor.group_scales()
+        sub, step = encode_levels(scale, minimum, columns // scale.shape[1])
     # Codes of 3, 5 and 6 bits share the 6-bit planes: as they are above a minimum, else around the middle of 6 bits.
-    return _pack_two_levels(tensor, signed + (1 << (tensor.bits - 1) if tensor.has_min else 32), 6)
+    centre = 0 if isinstance(tensor, GGUFInt4Tensor) else 1 << (tensor.bits - 1) if tensor.has_min else 32
+    return _lay_out(tensor, centre, sub, step, bits, columns // sub.shape[1])
 
 
 def _pack_intx(tensor: IntxUnpackedToInt8Tensor, name: str, has_min: bool) -> PackedWeight:
     bits = int(str(tensor.target_dtype).removeprefix("torch.int"))
     scale, zero_point = (_per_group(p, tensor.shape[1], name) for p in (tensor.scale, tensor.zero_point))
-    code = tensor.qdata.to(torch.int16)
     if bits == 8:
         if has_min:
             raise G4Error(
                 f"{name} has 8-bit codes with a zero point, which the GPU kernels do not have.",
                 hint="Use a symmetric 8-bit rule in the recipe.",
             )
-        return pack(code, scale, None, 8, _GROUP)
+        return _with_affine_levels(tensor, scale, zero_point, 8, 0, has_min)
     target, centre = (4, 8) if bits <= 4 else (6, 32)
-    return _pack_affine(code + centre, scale, zero_point + centre, target, has_min)
+    return _with_affine_levels(tensor, scale, zero_point + centre, target, centre, has_min)
 
 
-def _pack_affine(code: Tensor, scale: Tensor, zero_point: Tensor, bits: int, has_min: bool) -> PackedWeight:
+def _with_affine_levels(
+    tensor: Tensor, scale: Tensor, zero_point: Tensor, bits: int, centre: int, has_min: bool
+) -> PackedWeight:
     """Pack value = scale * (code - zero_point); without `has_min` every zero point is the middle of the codes."""
-    return pack(code, scale, scale * zero_point if has_min else None, bits, _GROUP)
+    sub, step = encode_levels(scale, scale * zero_point if has_min else None, _GROUP)
+    return _lay_out(tensor, centre, sub, step, bits, _GROUP)
+
+
+def _lay_out(tensor: Tensor, centre: int, sub: Tensor, step: Tensor, bits: int, group_size: int) -> PackedWeight:
+    """Regroup a tensor's codes, to whose `qdata` the centre is added where it has one byte per code."""
+    rows, columns = tensor.shape
+    check_columns(columns, bits, group_size)
+    if isinstance(tensor, Int4Tensor):
+        codes, high = words_of_nibbles(tensor.qdata), None
+    else:
+        codes, high = words_of_bytes(tensor.qdata, centre, bits)
+    weight_format = WeightFormat(bits, group_size, has_min=sub.ndim == 3)
+    return PackedWeight(weight_format, (rows, columns), codes, high, sub, step)
 
 
 def _per_group(parameter: Tensor, columns: int, name: str) -> Tensor:
@@ -103,4 +118,5 @@ def _per_group(parameter: Tensor, columns: int, name: str) -> Tensor:
             f"{name} is quantized in groups of {width}, and the GPU kernels need a multiple of {_GROUP}.",
             hint=f"Use group_size = {_GROUP} in the recipe.",
         )
-    return parameter.float().repeat_interleave(width // _GROUP, dim=1)
+    spread = parameter.float()
+    return spread if width == _GROUP else spread.repeat_interleave(width // _GROUP, dim=1)

@@ -10,13 +10,14 @@ import torch
 from gguf.constants import GGMLQuantizationType as GGML
 
 from gemma4cli.errors import G4Error
-from gemma4cli.kernels.quantized_matmul.format import WeightFormat, dequantize, unpack_codes
+from gemma4cli.kernels.quantized_matmul.format import PackedWeight, WeightFormat, assemble, dequantize, unpack_codes
 from gemma4cli.quant.gguf.convert_tensor import convert_tensor
 from gemma4cli.quant.gguf.tensors import GGUFInt4Tensor, GGUFIntxTensor
 from gemma4cli.quant.groupwise import quantize
 from gemma4cli.quant.pack import pack_weight, packed_format
+from gemma4cli.quant.planes import words_of_bytes, words_of_nibbles
 from gemma4cli.quant.recipe import QuantSpec
-from gemma4cli.quant.tensors import MatrixBuilder
+from gemma4cli.quant.tensors import MatrixBuilder, pack_nibbles
 from gemma4cli.quant.tensors import dequantize as dequantize_stored
 from tests.support.gguf_writer import random_blocks, tensor_of
 
@@ -80,6 +81,40 @@ def test_codes_survive() -> None:
     assert torch.equal(unpack_codes(pack_weight(tensor, "w")), tensor.qdata.int() + 32)
 
 
+@pytest.mark.parametrize("columns", [64, 192, 640])
+def test_regrouped_nibbles_are_the_layout_s(columns: int) -> None:
+    """`format.assemble` lays out one code after the other."""
+    codes = torch.randint(0, 16, (5, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(columns))
+    expected = laid_out(codes, 4)
+    assert torch.equal(words_of_nibbles(pack_nibbles(codes)), expected.codes)
+    words, high = words_of_bytes(codes.view(torch.int8) - 8, 8, 4)
+    assert torch.equal(words, expected.codes)
+    assert high is None
+
+
+@pytest.mark.parametrize("centre", [0, 16, 32])
+@pytest.mark.parametrize("columns", [128, 384])
+def test_regrouped_bytes_are_the_layout_s(columns: int, centre: int) -> None:
+    codes = torch.randint(0, 64, (5, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(columns))
+    expected = laid_out(codes, 6)
+    words, high = words_of_bytes(codes - centre, centre, 6)
+    assert torch.equal(words, expected.codes)
+    assert torch.equal(high, expected.high)
+
+
+def laid_out(codes: torch.Tensor, bits: int) -> PackedWeight:
+    rows, columns = codes.shape
+    sub, step = torch.zeros(rows, columns // 32, dtype=torch.int8), torch.zeros(rows, 1, dtype=torch.float16)
+    return assemble(codes, sub, step, bits, 32)
+
+
+def test_rows_pack_like_the_whole() -> None:
+    tensor = quantized(QuantSpec(4, 64, False, "min-max"), rows=12)
+    whole, rows = pack_weight(tensor, "w"), pack_weight(tensor[3:7], "w", has_min=True)
+    for part in ("codes", "sub", "step"):
+        assert torch.equal(getattr(rows, part), getattr(whole, part)[3:7])
+
+
 def test_what_the_kernels_cannot_read_is_refused_by_name() -> None:
     with pytest.raises(G4Error, match=r"model\.x is not quantized"):
         pack_weight(torch.zeros(4, 64), "model.x")
@@ -87,3 +122,5 @@ def test_what_the_kernels_cannot_read_is_refused_by_name() -> None:
         pack_weight(quantized(QuantSpec(4, 16, True, "min-max")), "model.x")
     with pytest.raises(G4Error, match=r"model\.x has 8-bit codes with a zero point"):
         pack_weight(quantized(QuantSpec(8, 0, False, "min-max")), "model.x")
+    with pytest.raises(G4Error, match="A 4-bit weight needs in_features that are a multiple of 64, got 96"):
+        pack_weight(quantized(QuantSpec(4, 32, False, "min-max"), columns=96), "model.x")

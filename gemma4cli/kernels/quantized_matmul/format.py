@@ -86,12 +86,7 @@ def pack(code: Tensor, scale: Tensor, minimum: Tensor | None, bits: int, group_s
     Raises:
         G4Error: when K does not divide.
     """
-    sub_scale, step_scale = encode_scales(scale, group_size)
-    if minimum is None:
-        return assemble(code, sub_scale, step_scale, bits, group_size)
-    sub_min, step_min = encode_scales(minimum, group_size)
-    sub, step = torch.stack([sub_scale, sub_min], dim=-1), torch.stack([step_scale, step_min], dim=-1)
-    return assemble(code, sub, step, bits, group_size)
+    return assemble(code, *encode_levels(scale, minimum, group_size), bits, group_size)
 
 
 def assemble(code: Tensor, sub: Tensor, step: Tensor, bits: int, group_size: int) -> PackedWeight:
@@ -105,9 +100,7 @@ def assemble(code: Tensor, sub: Tensor, step: Tensor, bits: int, group_size: int
         G4Error: when K does not divide.
     """
     n, k = code.shape
-    block = 128 if bits == 6 else 64
-    if k % block or k % group_size:
-        raise G4Error(f"A {bits}-bit weight needs in_features that are a multiple of {block}, got {k}.")
+    check_columns(k, bits, group_size)
     if bits == 8:
         codes, high = code.to(torch.int8).contiguous().view(torch.int32), None
     else:
@@ -118,12 +111,31 @@ def assemble(code: Tensor, sub: Tensor, step: Tensor, bits: int, group_size: int
     return PackedWeight(weight_format, (n, k), codes, high, sub.contiguous(), step.contiguous())
 
 
+def check_columns(columns: int, bits: int, group_size: int) -> None:
+    """Refuse in_features that the layout cannot hold.
+
+    Raises: G4Error with the number that must divide it.
+    """
+    block = 128 if bits == 6 else 64
+    if columns % block or columns % group_size:
+        raise G4Error(f"A {bits}-bit weight needs in_features that are a multiple of {block}, got {columns}.")
+
+
 def _pack_high(code: Tensor) -> Tensor:
     """Return bits 4 and 5 of 6-bit codes [N, K] as int32 [N, K / 16]."""
     n, k = code.shape
     two = (code >> 4).to(torch.uint8).view(n, k // 128, 4, 32)
     packed = two[:, :, 0] | (two[:, :, 1] << 2) | (two[:, :, 2] << 4) | (two[:, :, 3] << 6)
     return packed.reshape(n, k // 4).view(torch.int32)
+
+
+def encode_levels(scale: Tensor, minimum: Tensor | None, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return (sub, step) of scales and, unless None, minima: both float [N, G]."""
+    sub_scale, step_scale = encode_scales(scale, group_size)
+    if minimum is None:
+        return sub_scale, step_scale
+    sub_min, step_min = encode_scales(minimum, group_size)
+    return torch.stack([sub_scale, sub_min], dim=-1), torch.stack([step_scale, step_min], dim=-1)
 
 
 def encode_scales(value: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from gemma4cli.quant.gguf.blocks import block_bytes, half_pair, half_step, six_b
 from gemma4cli.quant.gguf.convert_tensor import convert_tensor
 from gemma4cli.quant.gguf.reader import GGUFTensor
 from gemma4cli.quant.pack import pack_weight
+from gemma4cli.quant.planes import swap_nibbles
 
 _Parts = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray]
 """Per block: codes, high, sub (None where `step` is one float16 per group, still to be encoded), step."""
@@ -57,31 +58,25 @@ def pack_rows(source: GGUFTensor, start: int, stop: int, has_min: bool) -> Packe
 
 
 def _words(data: np.ndarray, rows: int) -> torch.Tensor:
-    return torch.from_numpy(data.view(np.int32)).view(rows, -1)
+    return torch.from_numpy(data.view(np.uint8).reshape(rows, -1).view(np.int32))
 
 
-def _swap_nibbles(runs: np.ndarray) -> np.ndarray:
+def _exchange(runs: np.ndarray) -> np.ndarray:
     """Exchange the high nibbles of every even run with the low nibbles of the odd run after it.
 
-    runs: [n, 2 r] items of whole bytes. Returns uint8, in the same order.
+    runs: [n, 2 r] items of whole bytes. Returns them as [n r, 2].
     """
-    item = runs.dtype
-    first, second = (np.ascontiguousarray(runs[:, side::2]).view(np.uint64).reshape(-1) for side in (0, 1))
-    exchanged = first >> _FOUR
-    exchanged ^= second
-    exchanged &= _LOW
-    second ^= exchanged
-    exchanged <<= _FOUR
-    first ^= exchanged
-    swapped = np.empty((runs.size // 2, 2), item)
-    swapped[:, 0], swapped[:, 1] = first.view(item), second.view(item)
-    return swapped.view(np.uint8)
+    first, second = (np.ascontiguousarray(runs[:, side::2]).reshape(-1).view(np.uint64) for side in (0, 1))
+    swap_nibbles(first, second)
+    exchanged = np.empty((runs.size // 2, 2), runs.dtype)
+    exchanged[:, 0], exchanged[:, 1] = first.view(runs.dtype), second.view(runs.dtype)
+    return exchanged
 
 
 def _q4_0(block: np.ndarray) -> _Parts:
     # GGUF's byte i holds weights i and 16 + i of a block of 32; ours i and 32 + i of two blocks.
     runs = block_bytes(block, 2, 18).view(np.dtype((np.void, 16))).reshape(-1, 2)
-    return _swap_nibbles(runs), None, None, half_step(block, 0)
+    return _exchange(runs), None, None, half_step(block, 0)
 
 
 def _q8_0(block: np.ndarray) -> _Parts:
@@ -104,7 +99,7 @@ def _q5_k(block: np.ndarray) -> _Parts:
 
 def _q6_k(block: np.ndarray) -> _Parts:
     # Of 128 weights, GGUF pairs (i, 64 + i) and (32 + i, 96 + i) in a byte; here (i, 32 + i) and (64 + i, 96 + i) meet.
-    codes = _swap_nibbles(block[:, :128].view(np.dtype((np.void, 32))))
+    codes = _exchange(block[:, :128].view(np.dtype((np.void, 32))))
     return codes, block_bytes(block, 128, 192), block_bytes(block, 192, 208).view(np.int8), half_step(block, 208)
 
 
