@@ -26,6 +26,7 @@ from gemma4cli.model.settings import GenerationDefaults
 from gemma4cli.quant.checkpoint import open_checkpoint
 from gemma4cli.quant.gguf.convert import convert_gguf, ensure_converted
 from gemma4cli.quant.gguf.keymap import gguf_name
+from gemma4cli.quant.manifest import CheckpointManifest
 from gemma4cli.quant.tensors import dequantize
 from gemma4cli.quant.torchao_types import Int4Tensor, unflatten_tensor_state_dict
 from tests.conftest import Outcome
@@ -249,12 +250,15 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tiny: Path, tmp_path: Path
     file = write(tmp_path / "m.gguf", describe(tiny, GGML.Q8_0))
     convert_gguf([file], tmp_path / "whole", shard_bytes=50_000)
     program = """
-import os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
 from gemma4cli.quant.gguf import convert
-one = convert._record
+one, journal = convert._record, Path(sys.argv[2]).with_name(".out.partial") / "g4.json"
 def record(source, *rest):
     if source.name == "blk.8.ffn_up.weight":
+        # Shards are finished beside the conversion: wait until the journal has two of them.
+        while not journal.exists() or len(json.loads(journal.read_text())["files"]) < 2:
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return one(source, *rest)
 convert._record = record
@@ -263,11 +267,11 @@ convert.convert_gguf([Path(sys.argv[1])], Path(sys.argv[2]), shard_bytes=50_000)
     killed = subprocess.run([sys.executable, "-c", program, file, tmp_path / "out"], timeout=120, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    kept = {path.name: path.stat().st_ino for path in (tmp_path / ".out.partial").glob("*.safetensors")}
+    journal = CheckpointManifest.read(tmp_path / ".out.partial").files
+    kept = {name: (tmp_path / ".out.partial" / name).stat().st_ino for name in journal}
     assert len(kept) >= 2
     convert_gguf([file], tmp_path / "out", shard_bytes=50_000)
-    again = {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.safetensors")}
-    assert sum(again[name] == inode for name, inode in kept.items()) >= len(kept) - 1
+    assert kept == {name: (tmp_path / "out" / name).stat().st_ino for name in kept}
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 

@@ -366,7 +366,7 @@ class TestTheModelIsNotForUs:
         [
             (
                 {"intermediate_size": 64},
-                "model.layers.0.mlp.gate_proj.weight has shape [128, 64], but config.json makes",
+                "weight has shape [64, 128], but config.json makes it [64, 64].",
             ),
             ({"num_hidden_layers": 6}, "(and 82 more) does not belong to the model"),
             ({"num_hidden_layers": 18}, "model.layers.12.input_layernorm.weight (and 82 more) is missing"),
