@@ -38,13 +38,13 @@ class Gpu:
         try:
             import pynvml
         except ImportError:
-            say("nvidia-ml-py is not installed: no GPU clocks, temperature or energy (pip install nvidia-ml-py).")
+            say("nvidia-ml-py is not installed: no GPU clocks, temperature, energy (pip install 'gemma4cli[nvml]').")
             return None
         try:
             pynvml.nvmlInit()
             return cls(pynvml, _visible_device(pynvml))
         except pynvml.NVMLError as error:
-            say(f"NVML does not answer ({error}): no GPU clocks, temperature or energy.")
+            say(f"NVML does not answer ({error}): no GPU clocks, temperature, energy.")
             return None
 
     def read(self) -> GpuState:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ from gemma4cli.progress import SILENT, Progress
 if TYPE_CHECKING:
     import torch
 
-    from gemma4cli.console import Console
     from gemma4cli.engine.eager import EagerEngine
 
 GROUPS = ("matvec", "attention", "norm", "other")
@@ -60,21 +59,6 @@ def profile_steps(
                 steps.append(_profile(engine, test, plan.repeats))
                 task.advance(1)
     return {"model": subject.describe(), "threads": loaded.threads, "steps": steps}
-
-
-def draw(console: Console, document: Mapping[str, Any]) -> None:
-    """Draw each step as a table of groups, and what took longest in it."""
-    for step in document["steps"]:
-        console.line(
-            f"{step['test']}: one step of {step['tokens']} {'token' if step['tokens'] == 1 else 'tokens'} takes "
-            f"{step['seconds'] * 1000:.2f} ms, {step['launches']:,} {step['launched']}"
-        )
-        rows = [(name, *_cells(seconds, step["seconds"])) for name, seconds in step["groups"].items()]
-        console.table(("", "ms", "share"), [*rows, ("gaps", *_cells(step["gap_s"], step["seconds"]))], align="lrr")
-        rows = [(top["name"], top["group"], top["count"], *_cells(top["seconds"], step["seconds"]))
-                for top in step["top"]]  # fmt: skip
-        console.table(("longest", "of", "n", "ms", "share"), rows, align="llrrr")
-        console.line()
 
 
 def summarize(work: Sequence[Work], seconds: float) -> dict[str, Any]:
@@ -176,7 +160,3 @@ def _scopes(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, name, call in plain:
             setattr(module, name, call)
-
-
-def _cells(seconds: float, whole: float) -> tuple[str, str]:
-    return f"{seconds * 1000:.3f}", f"{seconds / whole:.0%}"

@@ -25,7 +25,6 @@ from gemma4cli.model.config import Gemma4Config
 from gemma4cli.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from gemma4cli.console import Console
     from gemma4cli.engine.eager import EagerEngine
 
 _ROWS = 64  # positions whose distributions are compared at once
@@ -124,30 +123,6 @@ def judge_quality(
         "result": result.to_json(),
         "floor": {"method": method, **floor.to_json()},
     }  # fmt: skip
-
-
-def draw(console: Console, document: dict[str, Any]) -> None:
-    """Draw the comparison as a table."""
-    text, result, floor = document["text"], document["result"], document["floor"]
-    console.line(
-        f"{text['counted']:,} of {text['tokens']:,} tokens of {text['name']}, against {document['reference']['name']} "
-        f"in {document['reference']['dtype']}:"
-    )
-    rows = [
-        ("the original", f"{result['reference_perplexity']:.4f}", "", "", ""),
-        _row("this model", result),
-        _row("noise floor", floor),
-    ]
-    console.table(("", "perplexity", "KL mean", "KL p99", "same top token"), rows, align="lrrrr")
-    console.line(f"Noise floor: {floor['method']}.")
-    if receipt := document.get("receipt"):
-        console.line(f"Stored in {receipt}.")
-
-
-def _row(name: str, numbers: dict[str, Any]) -> tuple[str, ...]:
-    kl = numbers["kl"]
-    agreement = f"{numbers['top1_agreement']:.2%}"
-    return name, f"{numbers['perplexity']:.4f}", f"{kl['mean']:.3g}", f"{kl['p99']:.3g}", agreement
 
 
 def _load_reference(original: Path, device: str, progress: Progress) -> tuple[EagerEngine, str]:

@@ -5,6 +5,7 @@ A decoded token reads every weight once and the keys and values of every positio
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from gemma4cli.inspection.files import Span
     from gemma4cli.model.gemma4 import Gemma4
 
-_LOOKUP = "model.embed_tokens."
+_EMBEDDING, _HEAD, _CACHE = "model.embed_tokens.", "lm_head.", ".kv_cache."
 
 
 @dataclass(frozen=True)
@@ -72,25 +73,39 @@ class Roofline:
 
 
 def bundle_traffic(bundle: Bundle) -> Traffic:
-    """Read off a bundle what its `decode` must read; opens headers only.
-
-    Of a table that only embeds tokens, one row counts. Bytes with several names (a tied head) count once.
-    """
+    """Read off a bundle what its `decode` must read; opens headers only."""
     from gemma4cli.inspection.ptd import read_data_file
 
-    stored: dict[tuple[Path, Span], list[str]] = {}
-    for path in bundle.weights:
-        for name, entry in read_data_file(path).entries.items():
-            stored.setdefault((path, entry.span), []).append(name)
-    weight_bytes = sum(
-        span.size // bundle.contract.vocab_size if all(name.startswith(_LOOKUP) for name in names) else span.size
-        for (_, span), names in stored.items()
-    )
+    entries = [
+        ((path, entry.span), name.rpartition(":")[2])  # delegates put their own prefix before the name
+        for path in bundle.weights
+        for name, entry in read_data_file(path).entries.items()
+    ]
+    weight_bytes = sum_weights(entries, bundle.contract.vocab_size)
     kv = tuple(
         KVTraffic(record.bytes // record.slots, bundle.contract.window if kind == "sliding" else None)
         for kind, record in bundle.manifest.kv.items()
     )
     return Traffic(weight_bytes, kv)
+
+
+def sum_weights(entries: Iterable[tuple[tuple[Path, Span], str]], vocab_size: int) -> int:
+    """Add up stored bytes, given where they lie and what they are called.
+
+    Bytes with several names (a head tied to the embedding) count once, caches not at all, and of a table that only
+    embeds tokens, because the head is another matrix, one row.
+    """
+    stored: dict[tuple[Path, Span], list[str]] = {}
+    for place, name in entries:
+        stored.setdefault(place, []).append(name)
+    has_head = any(_HEAD in name for names in stored.values() for name in names)
+    total = 0
+    for (_, span), names in stored.items():
+        if any(_CACHE in name for name in names):
+            continue
+        is_lookup = has_head and all(name.startswith(_EMBEDDING) for name in names)
+        total += span.size // vocab_size if is_lookup else span.size
+    return total
 
 
 def model_traffic(model: Gemma4) -> Traffic:

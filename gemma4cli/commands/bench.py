@@ -204,9 +204,10 @@ def _measure(
 
 def _print(console: Console, document: Document, format: str) -> None:
     from gemma4cli.benchmark import report
+    from gemma4cli.commands.bench_views import draw_speed
 
     if format in ("table", "json"):
-        console.result(document, lambda: report.draw(console, document), essence=report.essence(document))
+        console.result(document, lambda: draw_speed(console, document), essence=report.essence(document))
         return
     write = {"jsonl": report.jsonl, "csv": report.csv_text, "markdown": report.markdown}[format]
     console.line(write(document))
@@ -229,8 +230,9 @@ def _compare(console: Console, before: list[dict[str, Any]], document: Document,
 
 
 def _profile(console: Console, subject: Subject, plan: Plan, threads: int | None) -> int:
-    from gemma4cli.benchmark.profile import draw, profile_steps
+    from gemma4cli.benchmark.profile import profile_steps
     from gemma4cli.benchmark.subject import CheckpointSubject
+    from gemma4cli.commands.bench_views import draw_profile
 
     if not isinstance(subject, CheckpointSubject):
         raise G4Error(
@@ -239,7 +241,7 @@ def _profile(console: Console, subject: Subject, plan: Plan, threads: int | None
         )
     document = profile_steps(subject, plan, threads, console.progress())
     shares = ", ".join(f"{step['test']} {step['seconds'] * 1000:.2f} ms" for step in document["steps"])
-    console.result(document, lambda: draw(console, document), essence=shares)
+    console.result(document, lambda: draw_profile(console, document), essence=shares)
     return 0
 
 
@@ -254,9 +256,10 @@ def _judge(
     *,
     save: bool,
 ) -> int:
-    from gemma4cli.benchmark.quality import draw, judge_quality
+    from gemma4cli.benchmark.quality import judge_quality
     from gemma4cli.benchmark.reference import find_reference, find_text
     from gemma4cli.benchmark.subject import BundleSubject
+    from gemma4cli.commands.bench_views import draw_quality
     from gemma4cli.export.receipt import write_receipt
 
     if save and not isinstance(subject, BundleSubject):
@@ -269,7 +272,7 @@ def _judge(
         document["receipt"] = str(write_receipt(subject.bundle, document))
     result = document["result"]
     line = f"KL {result['kl']['mean']:.6f}, perplexity {result['perplexity']:.4f}, top-1 {result['top1_agreement']:.2%}"
-    console.result(document, lambda: draw(console, document), essence=line)
+    console.result(document, lambda: draw_quality(console, document), essence=line)
     return 0
 
 

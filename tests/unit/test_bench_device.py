@@ -75,11 +75,11 @@ def test_without_nvml_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Gpu.open(said.append) is None
-    assert said == ["nvidia-ml-py is not installed: no GPU clocks, temperature or energy (pip install nvidia-ml-py)."]
+    assert said == ["nvidia-ml-py is not installed: no GPU clocks, temperature, energy (pip install 'gemma4cli[nvml]')."]
     said.clear()
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlInit=None))
     assert Gpu.open(said.append) is None
-    assert said == ["NVML does not answer (Not Supported): no GPU clocks, temperature or energy."]
+    assert said == ["NVML does not answer (Not Supported): no GPU clocks, temperature, energy."]
 
 
 def test_the_environment_names_what_numbers_depend_on() -> None:

@@ -9,8 +9,9 @@ import torch
 
 from gemma4cli.benchmark.bandwidth import Bandwidth, measure_bandwidth
 from gemma4cli.benchmark.plan import Case
-from gemma4cli.benchmark.roofline import KVTraffic, Roofline, Traffic, model_traffic
+from gemma4cli.benchmark.roofline import KVTraffic, Roofline, Traffic, model_traffic, sum_weights
 from gemma4cli.errors import G4Error
+from gemma4cli.inspection.files import Span
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.model.weights import SafetensorsReader, build_model
 from gemma4cli.quant.checkpoint import open_checkpoint
@@ -36,6 +37,17 @@ def test_the_bound_is_the_better_bandwidth_over_the_bytes() -> None:
     assert roofline.bound(Case(0, 0, 1)) == 2.0
     assert roofline.bound(Case(0, 512, 0)) is None
     assert Roofline(TRAFFIC, None).bound(Case(0, 0, 1)) is None
+
+
+def test_of_stored_weights_only_what_every_token_reads_counts() -> None:
+    def at(offset: int, size: int) -> tuple[Path, Span]:
+        return Path("weights.ptd"), Span(offset, size)
+
+    table, layer, cache = (at(0, 1000), "model.embed_tokens.codes"), (at(1000, 30), "model.layers.0.q_proj.codes"), (
+        at(1030, 500), "model.layers.0.self_attn.kv_cache.k")  # fmt: skip
+    assert sum_weights([table, layer, cache], vocab_size=100) == 1030, "the embedding is the head, too"
+    assert sum_weights([table, layer, (at(0, 1000), "model.lm_head.weight0")], vocab_size=100) == 1030
+    assert sum_weights([table, layer, (at(2000, 600), "model.lm_head.weight0")], vocab_size=100) == 10 + 30 + 600
 
 
 @pytest.mark.parametrize("tied", [True, False])

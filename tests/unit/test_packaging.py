@@ -21,7 +21,7 @@ from gemma4cli import native
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-DISTRIBUTION_OF = {"huggingface_hub": "huggingface-hub"}
+DISTRIBUTION_OF = {"huggingface_hub": "huggingface-hub", "pynvml": "nvidia-ml-py"}
 
 
 def dependency_names(specifiers: list[str]) -> set[str]:
