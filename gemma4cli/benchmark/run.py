@@ -119,6 +119,7 @@ def record(row: Row, head: Head) -> Document:
         "samples_ts": row.rates,
         "test": test.name,
         "path": test.path,
+        **{f"{name}_version": head.environment[name] for name in ("g4", "torch", "executorch")},
         "n_ctx": head.subject["context_length"],
         **{f"{name}_ts": value for name, value in spread(row.rates).items()},
         "ttft_s": spread([sample.ttft_s for sample in samples if sample.ttft_s is not None]),

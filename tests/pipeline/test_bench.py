@@ -56,6 +56,7 @@ def test_the_document_accounts_for_itself(measured: Path) -> None:
         assert (record["n_threads"], record["n_ctx"], record["n_batch"]) == (1, 1024, 256)
         assert record["model_n_params"] == manifest.model["totals"]["parameters"]
         assert record["joules_per_token"] is None
+        assert record["executorch_version"] == "1.5.1"
     assert document["engine"]["backends"] == "XnnpackBackend"
     assert document["model"]["recipe"] == "default"
     assert 10 << 20 < document["memory"]["peak_host_bytes"] < 1 << 30
