@@ -15,6 +15,7 @@ from gemma4cli.commands.options import (
     OutputOption,
     QuietOption,
     parse_count,
+    parse_gibibytes,
 )
 from gemma4cli.console import Console, open_console
 from gemma4cli.errors import G4Error
@@ -32,6 +33,7 @@ EXAMPLES = (
     ("Export the last model pulled or quantized for the CPU", "g4 export"),
     ("A longer context; see first what it will take", "g4 export --ctx 32k --dry-run"),
     ("A checkpoint by name, in 8 GB of memory", "g4 export gemma-4-31B-it-default --low-memory"),
+    ("For a 24 GB GPU, at the full 128k; no GPU is needed", "g4 export --ctx 128k --target sm_120 --vram 24"),
     ("A model that was not quantized, in full precision", "g4 export demo --recipe none -o demo-float32"),
 )
 
@@ -48,7 +50,32 @@ def export(
             show_default="the last one pulled or quantized",
         ),
     ] = None,
-    backend: Annotated[str, typer.Option(metavar="NAME", help="What will run it: cpu.")] = "cpu",
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What will run it: cpu or cuda.", show_default="cuda with --target or a GPU, else cpu"
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARCH,…",
+            help="GPU architectures to compile for: sm_80, sm_90, sm_120; no GPU is needed for it.",
+            show_default="that of the GPU here, else all",
+        ),
+    ] = None,
+    kv: Annotated[
+        str, typer.Option(metavar="FORMAT", help="CUDA: cache of the full layers: bf16, folded, tq4, folded-tq4, auto.")
+    ] = "auto",
+    vram: Annotated[
+        int | None,
+        typer.Option(
+            metavar="GIB",
+            parser=parse_gibibytes,
+            help="CUDA: memory that weights, caches and all must fit into.",
+            show_default="that of the GPU here, else 24",
+        ),
+    ] = None,
     ctx: Annotated[
         int | None,
         typer.Option(
@@ -62,7 +89,11 @@ def export(
     chunk: Annotated[
         int | None,
         typer.Option(
-            "--chunk", metavar="TOKENS", parser=parse_count, help="Most prompt tokens per step.", show_default="256"
+            "--chunk",
+            metavar="TOKENS",
+            parser=parse_count,
+            help="Most prompt tokens per step.",
+            show_default="256, CUDA 512",
         ),
     ] = None,
     recipe: Annotated[
@@ -95,11 +126,14 @@ def export(
         raise G4Error(f"{source} is quantized already.", hint="Leave --recipe away, or name the original model.")
     if dry_run and source.is_file():
         raise G4Error(f"{source} is a GGUF file.", hint=f"See first: g4 convert-gguf {source} --dry-run")
+    if backend == "cpu" and target:
+        raise G4Error("--target names GPU architectures.", hint="Leave it away, or use --backend cuda.", exit_code=2)
+    backend = backend or ("cuda" if target or has_gpu() else "cpu")
     first = None if is_quantized else wanted
     name = "-".join(filter(None, (name_of(source), first and first.name, backend, _short(ctx))))
-    target = output or workspace.folder("bundle") / name
+    bundle = output or workspace.folder("bundle") / name
     if not dry_run:
-        require_absent(target, force)
+        require_absent(bundle, force)
 
     from gemma4cli.export.export import ExportSpec, export_bundle, find_backend, plan_export
     from gemma4cli.export.sources import ensure_converted, ensure_quantized, plan_quantization, planned
@@ -108,7 +142,19 @@ def export(
     checkpoints, progress = workspace.folder("checkpoint"), console.progress()
     if source.is_file():
         source = ensure_converted(source, checkpoints, progress)
-    spec = ExportSpec(source, target, backend, ctx, chunk, low_memory, force)
+    spec = ExportSpec(
+        source,
+        bundle,
+        backend,
+        ctx,
+        chunk,
+        low_memory,
+        force,
+        targets=tuple(target.split(",")) if target else (),
+        kv=kv,
+        vram=vram,
+        programs=workspace.root / "programs",
+    )
     # Refuses what cannot work before anything is quantized.
     quantization = plan_quantization(source, first) if first else None
     plan = plan_export(spec, planned(quantization) if quantization else None)
@@ -116,12 +162,17 @@ def export(
         return _dry_run(console, spec, plan, quantization)
     if first:
         spec = replace(spec, checkpoint=ensure_quantized(source, first, checkpoints, progress))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    bundle.parent.mkdir(parents=True, exist_ok=True)
     manifest = export_bundle(spec, progress)
-    workspace.remember("bundle", target)
-    _report(console, manifest, target)
+    workspace.remember("bundle", bundle)
+    _report(console, manifest, bundle)
     console.next("g4 run --prompt 'What is the capital of France?'")
     return None
+
+
+def has_gpu() -> bool:
+    """Tell whether an NVIDIA driver is loaded, without asking torch, which takes seconds."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
 
 
 def _is_quantized(source: Path) -> bool:

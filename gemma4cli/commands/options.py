@@ -18,6 +18,18 @@ def parse_count(text: str) -> int:
     return int(number) * _UNITS[unit]
 
 
+def parse_gibibytes(text: str) -> int:
+    """Read a size of memory in GiB, as cards are named: 24, 24g, 31.5GB."""
+    number = text.lower().removesuffix("b").removesuffix("gi").removesuffix("g")
+    try:
+        size = float(number)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 1e6:
+        raise typer.BadParameter(f"{text!r} is not a size of memory; write 24 or 24g for 24 GiB")
+    return int(size * (1 << 30))
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result; no notes, no progress.")]
 OutputOption = Annotated[

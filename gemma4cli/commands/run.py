@@ -80,10 +80,10 @@ def run(
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Report speed, memory and settings on stderr.")] = False,
     engine: Annotated[
-        Literal["runner", "eager"] | None,
+        Literal["runner", "eager", "torch"] | None,
         typer.Option(
             "--engine",
-            help="runner: an exported bundle in C++. eager: a checkpoint in PyTorch.",
+            help="runner: a bundle in C++. torch: a CUDA bundle's compiled code in PyTorch. eager: a checkpoint in PyTorch.",
             show_default="runner; eager for a GGUF file and with --model",
         ),
     ] = None,
@@ -115,8 +115,8 @@ def run(
         )
     system = None if system is None else valid_text(system, "--system")
     workspace = Workspace.from_environment()
-    if name == "runner":
-        source = _open_bundle(workspace.resolve("bundle", target, console.note))
+    if name != "eager":
+        source = _open_bundle(workspace.resolve("bundle", target, console.note), name, console)
     else:
         folder = workspace.resolve_source(model or target, console.note)
         source = _open_checkpoint(folder, eager_options, workspace, console)
@@ -182,12 +182,26 @@ class Source:
     load: Callable[[], Engine]
 
 
-def _open_bundle(folder: Path) -> Source:
-    from gemma4cli.engine.runner import RunnerEngine
+def _open_bundle(folder: Path, engine: str, console: Console) -> Source:
     from gemma4cli.export.bundle import open_bundle
 
     bundle = open_bundle(folder)
-    return Source(folder, bundle.contract.vocab_size, lambda: RunnerEngine(folder))
+    if engine == "torch" and bundle.manifest.backend != "cuda":
+        raise G4Error(
+            f"--engine torch runs compiled CUDA code; {folder} is for the {bundle.manifest.backend}.",
+            hint="Leave --engine away.",
+        )
+
+    def load() -> Engine:
+        if engine == "torch":
+            from gemma4cli.engine.compiled import CompiledEngine
+
+            return CompiledEngine.from_bundle(folder, console.progress())
+        from gemma4cli.engine.runner import RunnerEngine
+
+        return RunnerEngine(folder)
+
+    return Source(folder, bundle.contract.vocab_size, load)
 
 
 def _open_checkpoint(folder: Path, options: EagerOptions, workspace: Workspace, console: Console) -> Source:
@@ -282,11 +296,11 @@ def _decode(data: bytes, source: str) -> str:
 def _choose_engine(name: str | None, target: Path | None, model: Path | None, eager_options: EagerOptions) -> str:
     if model is not None and target is not None:
         raise _usage("Give either BUNDLE or --model, not both.")
-    if model is not None and name == "runner":
-        raise _usage("--model runs a checkpoint in PyTorch; the runner takes a bundle.", "Leave --engine away.")
+    if model is not None and name in ("runner", "torch"):
+        raise _usage(f"--model runs a checkpoint in PyTorch; --engine {name} takes a bundle.", "Leave --engine away.")
     is_gguf = target is not None and target.suffix.lower() == ".gguf"
     name = name or ("eager" if model is not None or is_gguf else "runner")
-    if name == "runner" and (given := eager_options.given()):
+    if name != "eager" and (given := eager_options.given()):
         raise _usage(f"Only --engine eager takes {', '.join(given)}; a bundle's is fixed when it is exported.")
     return name
 

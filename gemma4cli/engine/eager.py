@@ -6,7 +6,6 @@ not quantized here (the CPU backend's exported program does that).
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +16,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from gemma4cli.engine.base import (
-    Engine,
-    FinishReason,
-    Generation,
-    GenerationRequest,
-    GenerationResult,
-    GenerationStats,
-    TokenStream,
-)
+from gemma4cli.engine.base import Engine, Generation, GenerationRequest, TokenStream
+from gemma4cli.engine.stepping import CachedTokens, Step, answer
 from gemma4cli.errors import G4Error
 from gemma4cli.files import format_bytes
 from gemma4cli.model.attention import attend
@@ -46,35 +38,10 @@ _SCORING_SESSION = "g4.logits"
 
 
 @dataclass
-class _Session:
-    """One conversation's caches.
+class _Session(CachedTokens):
+    """One conversation's caches."""
 
-    tokens: what the caches hold, from position 0 on.
-    written: one more than the highest position ever written; in a ring it has overwritten that minus the slots.
-    owner: the generation that may use the session; a newer one takes it over.
-    """
-
-    caches: list[tuple[Tensor, Tensor]]
-    tokens: list[int] = field(default_factory=list)
-    written: int = 0
-    owner: object = None
-
-    def rewind(self, prompt: Sequence[int], window: int, slots: int) -> int:
-        """Keep the longest prefix of `prompt` that can be continued from, and return its length.
-
-        The last token is always read again, for its logits. A ring can go back by `prefill_chunk` positions: further
-        back the window of the next query reaches keys that were overwritten, and everything starts from position 0.
-        """
-        start = 0
-        limit = min(len(prompt) - 1, len(self.tokens))
-        while start < limit and self.tokens[start] == prompt[start]:
-            start += 1
-        if window and max(0, start - window + 1) < self.written - slots:
-            start = 0
-        if start == 0:
-            self.written = 0
-        del self.tokens[start:]
-        return start
+    caches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class EagerEngine(Engine):
@@ -165,39 +132,17 @@ class EagerEngine(Engine):
 
     def _answer(self, request: GenerationRequest, cancelled: threading.Event, started: float) -> TokenStream:
         session = self._open_session(request.session)
-        me = session.owner = object()
         settings = _settings_tensors(request.sampling, self._device)
         cache, config = self.model.cache, self.model.config
         reused = session.rewind(request.tokens, _window(self.model), config.sliding_window + cache.prefill_chunk - 1)
-        limit = min(request.max_new_tokens or self.context_length, self.context_length - len(request.tokens))
-        generated: list[int] = []
-        clock = _Clock(started, time.perf_counter())
-
-        def read(tokens: Sequence[int]) -> int:
-            if session.owner is not me:
-                raise RuntimeError(f"a newer generation took over session {request.session!r}")
-            return self._read(session, tokens, settings)
-
-        def end(reason: FinishReason) -> GenerationResult:
-            stats = self._stats(clock, len(request.tokens), reused, len(generated))
-            return GenerationResult(tuple(generated), reason, stats)
-
-        chunk = min(request.chunk or cache.prefill_chunk, cache.prefill_chunk)
-        for start in range(reused, len(request.tokens), chunk):
-            if cancelled.is_set():
-                return end("cancelled")
-            token = read(request.tokens[start : start + chunk])
-        clock.first_token = time.perf_counter()
-        while token not in request.stop_ids:
-            generated.append(token)
-            clock.last_token = time.perf_counter()
-            yield token
-            if cancelled.is_set():
-                return end("cancelled")
-            if len(generated) == limit:
-                return end("length" if limit == request.max_new_tokens else "context")
-            token = read([token])
-        return end("stop")
+        step = Step(
+            lambda tokens: self._read(session, tokens, settings),
+            self.context_length,
+            cache.prefill_chunk,
+            self._load_s,
+            lambda: torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
+        )
+        return (yield from answer(request, session, reused, step, cancelled, started))
 
     def _check_vocabulary(self, tokens: Sequence[int]) -> None:
         if not all(0 <= token < self.model.config.vocab_size for token in tokens):
@@ -212,7 +157,7 @@ class EagerEngine(Engine):
             fresh = [(cache.k, cache.v) for cache in caches]
             if self._sessions:
                 fresh = [(torch.zeros_like(k), torch.zeros_like(v)) for k, v in fresh]
-            self._sessions[name] = _Session(fresh)
+            self._sessions[name] = _Session(caches=fresh)
         return self._sessions[name]
 
     def _read(self, session: _Session, tokens: Sequence[int], settings: tuple[Tensor, ...] | None) -> int:
@@ -235,30 +180,6 @@ class EagerEngine(Engine):
         logits = forward(torch.tensor([tokens], device=self._device), input_pos, last_only)
         session.tokens.extend(tokens)
         return logits
-
-    def _stats(self, clock: _Clock, prompt: int, reused: int, generated: int) -> GenerationStats:
-        first = clock.first_token
-        return GenerationStats(
-            prompt_tokens=prompt,
-            reused_tokens=reused,
-            generated_tokens=generated,
-            load_s=self._load_s,
-            ttft_s=None if first is None else first - clock.requested,
-            prefill_tok_s=None if first is None else (prompt - reused) / (first - clock.began),
-            decode_tok_s=(generated - 1) / (clock.last_token - first) if first and generated > 1 else None,
-            peak_host_bytes=peak_host_bytes(),
-            peak_device_bytes=torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None,
-        )
-
-
-@dataclass
-class _Clock:
-    """Moments of one generation, in seconds of `time.perf_counter`."""
-
-    requested: float
-    began: float
-    first_token: float | None = None
-    last_token: float = 0.0
 
 
 def attend_to_filled(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, window: int) -> Tensor:
@@ -311,14 +232,6 @@ def available_bytes(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
-
-
-def peak_host_bytes() -> int:
-    """Return the most memory this process has held so far."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _window(model: Gemma4) -> int:

@@ -1,6 +1,7 @@
 """The bundle: a folder with everything that runs a model, and `g4.json`, which says what it is and what it must hold.
 
-    model.pte             the program: `prefill` and `decode`, see contract.py
+    model.pte             the program: `prefill` and `decode`, see contract.py; for several GPU architectures one each,
+                          model.sm_80.pte and so on
     *.ptd                 weights
     config.json, generation_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja
     g4.json               this module's manifest
@@ -10,7 +11,7 @@ The manifest holds no time and no absolute path: the same checkpoint and setting
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,13 @@ OPTIONAL_ASSETS = ("chat_template.jinja", "special_tokens_map.json", "tokenizer_
 ALWAYS_VERIFIED_BYTES = 256 << 20
 """Files below this size are compared with their SHA-256 whenever a bundle is opened."""
 
+
 _AGAIN = "Export the model again (g4 export), or copy the folder again."
+
+
+def program_file(target: str, targets: Sequence[str]) -> str:
+    """Name the program of one of a bundle's targets."""
+    return PROGRAM_FILE if len(targets) == 1 else f"model.{target}.pte"
 
 
 @dataclass(frozen=True)
@@ -143,9 +150,18 @@ class Bundle:
     def contract(self) -> Contract:
         return self.manifest.contract
 
-    @property
-    def program(self) -> Path:
-        return self.path / PROGRAM_FILE
+    def program_for(self, target: str) -> Path:
+        """Return the program for a target such as "cpu" or "sm_90".
+
+        Raises: G4Error naming the targets there are, and the command that makes another.
+        """
+        targets = self.manifest.targets
+        if target not in targets:
+            raise G4Error(
+                f"{self.path} is for {', '.join(targets)}; this machine needs {target}.",
+                hint=f"Export it for this machine: g4 export --target {target}",
+            )
+        return self.path / program_file(target, targets)
 
     @property
     def weights(self) -> list[Path]:
@@ -168,8 +184,9 @@ def open_bundle(path: Path, *, verify: bool = False, progress: Progress = SILENT
         hint = "Export it first: g4 export" if (path / "config.json").is_file() else "Export a model: g4 export"
         raise G4Error(f"{path} is not a bundle: it has no {MANIFEST_FILE}.", hint=hint)
     manifest = BundleManifest.from_json(read_json(path / MANIFEST_FILE), str(path / MANIFEST_FILE))
-    if PROGRAM_FILE not in manifest.files:
-        raise G4Error(f"{path / MANIFEST_FILE} lists no {PROGRAM_FILE}.", hint=_AGAIN)
+    for target in manifest.targets:
+        if program_file(target, manifest.targets) not in manifest.files:
+            raise G4Error(f"{path / MANIFEST_FILE} lists no {program_file(target, manifest.targets)}.", hint=_AGAIN)
     for name, record in manifest.files.items():
         _check_file(path, name, record, verify, progress)
     return Bundle(path, manifest)

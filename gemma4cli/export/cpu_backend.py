@@ -24,6 +24,7 @@ from gemma4cli.progress import Progress
 from gemma4cli.quant.tensors import is_quantized
 
 TARGETS = ("cpu",)
+DEFAULT_CHUNK = 256
 KV_FORMAT = "float32"
 
 # Program bytes of one layer of one method, and of everything else; measured, they hardly depend on sizes.

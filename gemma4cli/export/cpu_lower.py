@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from torch.export.graph_signature import ExportGraphSignature
 
 from gemma4cli.export.bundle import PROGRAM_FILE
 from gemma4cli.export.contract import DECODE, Contract
+from gemma4cli.export.quiet import quiet
 from gemma4cli.export.xnnpack import delegate
 from gemma4cli.export.xnnpack_graph import WeightData
 
@@ -83,14 +82,3 @@ def _plan_activations(
         spec.mem_id, spec.mem_offset = 1, 0  # the planner wants some place; nothing is ever stored there
     activations = [spec for spec in specs if spec not in caches]
     return MemoryPlanningAlgorithmSuite()(alignment, activations, graph_module, graph_signature, extra_padding)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back what ExecuTorch says about itself; each message is known and none concerns the user."""
-    with warnings.catch_warnings():
-        # Caches start empty by design: only their shape is stored.
-        warnings.filterwarnings("ignore", "Mutation on a buffer in the model is detected", UserWarning)
-        # ExecuTorch's own use of a torch name that is going away.
-        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
-        yield

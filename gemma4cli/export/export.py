@@ -34,10 +34,9 @@ from gemma4cli.quant.manifest import identify_source
 from gemma4cli.quant.quantize import available_memory
 
 DEFAULT_CONTEXT = 4096
-DEFAULT_CHUNK = 256
 _MANIFEST_BYTES = 16 << 10
 
-_BACKENDS = {"cpu": "gemma4cli.export.cpu_backend"}
+_BACKENDS = {"cpu": "gemma4cli.export.cpu_backend", "cuda": "gemma4cli.export.cuda_backend"}
 """Name -> module with `plan` and `build`; imported when chosen."""
 
 
@@ -45,8 +44,11 @@ _BACKENDS = {"cpu": "gemma4cli.export.cpu_backend"}
 class ExportSpec:
     """One export. `context_length` None means the model's maximum, but no more than 4,096.
 
-    prefill_chunk: the most tokens of one `prefill` call; None means 256, or less in a shorter context.
-    low_memory: keep converted weights on disk while exporting, at the price of time.
+    prefill_chunk: the most tokens of one `prefill` call; None leaves it to the backend, or less in a shorter context.
+    low_memory: keep converted weights on disk while exporting, at the price of time. CUDA exports always do.
+    targets: GPU architectures; none means that of the GPU at hand, else all.
+    kv: the format of the full layers' caches, or "auto": the most exact that fits into `vram` bytes.
+    programs: where compiled programs are kept for the next export.
     """
 
     checkpoint: Path
@@ -56,6 +58,10 @@ class ExportSpec:
     prefill_chunk: int | None = None
     low_memory: bool = False
     force: bool = False
+    targets: tuple[str, ...] = ()
+    kv: str = "auto"
+    vram: int | None = None
+    programs: Path = Path("programs")
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class ExportRequest:
     reader: Checkpoint
     contract: Contract
     low_memory: bool
+    targets: tuple[str, ...] = ()
+    kv: str = "auto"
+    vram: int | None = None
+    programs: Path = Path("programs")
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,8 @@ class Built:
 
 class Backend(Protocol):
     """A module that lowers the model for one kind of hardware."""
+
+    DEFAULT_CHUNK: int
 
     def plan(self, request: ExportRequest) -> BackendPlan:
         """Estimate without reading weights."""
@@ -178,7 +190,7 @@ def export_bundle(spec: ExportSpec, progress: Progress = SILENT) -> BundleManife
 
 def _request(spec: ExportSpec, reader: Checkpoint) -> ExportRequest:
     contract = make_contract(reader.config, GenerationDefaults.from_dir(spec.checkpoint), spec)
-    return ExportRequest(reader, contract, spec.low_memory)
+    return ExportRequest(reader, contract, spec.low_memory, spec.targets, spec.kv, spec.vram, spec.programs)
 
 
 def find_backend(name: str) -> Backend:
@@ -202,7 +214,7 @@ def make_contract(config: Gemma4Config, defaults: GenerationDefaults, spec: Expo
             f"A context of {context:,} tokens is outside {MIN_PREFILL_TOKENS} to {limit:,}, which this model can hold.",
             hint=f"Use --ctx {limit} or less.",
         )
-    chunk = min(DEFAULT_CHUNK, context) if spec.prefill_chunk is None else spec.prefill_chunk
+    chunk = min(find_backend(spec.backend).DEFAULT_CHUNK, context) if spec.prefill_chunk is None else spec.prefill_chunk
     if not MIN_PREFILL_TOKENS <= chunk <= context:
         raise G4Error(
             f"Prefill chunks of {chunk:,} tokens are outside {MIN_PREFILL_TOKENS} to the context of {context:,}.",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from gemma4cli.export.contract import DECODE, MIN_PREFILL_TOKENS, PREFILL
+from gemma4cli.export.contract import DECODE, METHODS, MIN_PREFILL_TOKENS
 from gemma4cli.model.sampling import sample
 
 Sample = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -38,14 +38,18 @@ class Step(nn.Module):
         return token, logits
 
 
-def trace_methods(step: Step, prefill_chunk: int) -> dict[str, ExportedProgram]:
-    """Trace `prefill` for 2 … prefill_chunk tokens and `decode` for one; both refer to the same buffers."""
+def trace_methods(step: nn.Module, prefill_chunk: int) -> dict[str, ExportedProgram]:
+    """Trace both methods; they refer to the same buffers."""
+    return {method: trace_method(step, method, prefill_chunk) for method in METHODS}
+
+
+def trace_method(step: nn.Module, method: str, prefill_chunk: int) -> ExportedProgram:
+    """Trace `prefill` for 2 … prefill_chunk tokens or `decode` for one."""
+    if method == DECODE:
+        return torch.export.export(step, _example(1), strict=False)
     count = Dim("T", min=MIN_PREFILL_TOKENS, max=prefill_chunk)
     dynamic_shapes = ({1: count}, {0: count}, None, None, None, None, None)
-    return {
-        PREFILL: torch.export.export(step, _example(prefill_chunk), dynamic_shapes=dynamic_shapes, strict=False),
-        DECODE: torch.export.export(step, _example(1), strict=False),
-    }
+    return torch.export.export(step, _example(prefill_chunk), dynamic_shapes=dynamic_shapes, strict=False)
 
 
 def _example(count: int) -> tuple[Tensor, ...]:

@@ -21,6 +21,15 @@ from gemma4cli.kernels.targets import Target
 
 
 @dataclass(frozen=True)
+class KernelUsage:
+    """What a block of one kernel needs: registers and local memory per thread, shared memory in bytes."""
+
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
 class KernelCode:
     """One kernel compiled for one target.
 
@@ -68,7 +77,7 @@ def compile_kernel(
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", target.arch, target.warp_size), options=options)
-    registers, local_bytes = _resource_usage(compiled.asm["cubin"])
+    registers, local_bytes = resource_usage(compiled.asm["cubin"])
     return KernelCode(
         name=compiled.metadata.name,
         target=target.name,
@@ -80,7 +89,7 @@ def compile_kernel(
     )
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
+def resource_usage(cubin: bytes) -> tuple[int, int]:
     """Return (registers, local memory bytes) per thread of a cubin with one kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -176,7 +176,7 @@ def test_caches_are_written_in_place_and_only_once_there() -> None:
     from executorch.exir._serialize._program import deserialize_pte_binary
 
     bundle = open_bundle(demo_bundle())
-    program = deserialize_pte_binary(bundle.program.read_bytes()).program
+    program = deserialize_pte_binary(bundle.program_for("cpu").read_bytes()).program
     smallest = min(record.bytes // (2 * record.layers) for record in bundle.manifest.kv.values())
     places = {}
     for plan in program.execution_plan[:2]:

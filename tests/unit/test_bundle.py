@@ -62,7 +62,7 @@ def test_a_whole_bundle_opens(folder: Path) -> None:
     bundle = open_bundle(folder, verify=True)
     assert bundle.contract == CONTRACT
     assert bundle.manifest == manifest(bundle.manifest.files)
-    assert bundle.program == folder / "model.pte"
+    assert bundle.program_for("cpu") == folder / "model.pte"
     assert bundle.weights == [folder / "weights.ptd"]
     assert bundle.manifest.files["weights.ptd"].bytes == 1000
 

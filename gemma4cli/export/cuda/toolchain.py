@@ -1,0 +1,81 @@
+"""What compiling needs besides Python: a C++ compiler, CUDA's headers, and an environment that leaves no traces.
+
+The same signature must give the same bytes in any folder on any machine: no paths, no times, no line numbers of files
+that are somewhere else on the next machine.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from gemma4cli.errors import G4Error
+from gemma4cli.export.cuda.fake_gpu import COMPILER_TORCH
+
+# What AOTInductor's wrappers call of the driver; without a symbol that is used, the linker would drop the library.
+_DRIVER_FUNCTIONS = (
+    "cuFuncGetAttribute", "cuFuncSetAttribute", "cuGetErrorString", "cuLaunchKernel", "cuLaunchKernelEx",
+    "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload", "cuTensorMapEncodeTiled",
+)  # fmt: skip
+_HEADER = Path("include/cuda.h")
+_HEADERS_HINT = "Install them with pip install 'cuda-toolkit[cudart,cccl,crt,nvcc]==13.0.3', or set CUDA_HOME."
+
+
+def check_toolchain(environment: Mapping[str, str] = os.environ) -> None:
+    """Find all that is needed before minutes are spent. Raises: G4Error naming what is missing and its package."""
+    if not torch.__version__.startswith(COMPILER_TORCH + "."):
+        raise G4Error(
+            f"Compiling for CUDA needs torch {COMPILER_TORCH}; here is {torch.__version__}.",
+            hint="Export in an environment of its own: pip install torch==2.13.0 (the CPU build suffices). "
+            "The bundle runs with any torch, or with none.",
+        )
+    for tool, package in (("g++", "g++"), ("ld", "binutils"), ("objcopy", "binutils"), ("strip", "binutils")):
+        if shutil.which(tool, path=environment.get("PATH")) is None:
+            raise G4Error(f"Compiling for CUDA needs {tool}, which is not installed.", hint=f"apt install {package}")
+    find_cuda_home(environment)
+
+
+def find_cuda_home(environment: Mapping[str, str] = os.environ) -> Path:
+    """Find CUDA's headers: in CUDA_HOME, in the wheels of this environment, or in the usual place."""
+    given = environment.get("CUDA_HOME")
+    if given:
+        if not (Path(given) / _HEADER).is_file():
+            raise G4Error(f"CUDA_HOME is {given}, which has no {_HEADER}.", hint=_HEADERS_HINT)
+        return Path(given)
+    for place in (Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13", Path("/usr/local/cuda")):
+        if (place / _HEADER).is_file():
+            return place
+    raise G4Error("Compiling for CUDA needs CUDA's headers, which were not found.", hint=_HEADERS_HINT)
+
+
+def environment_for(scratch: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Prepare a compiler's environment in an empty folder, which is its cache and must be thrown away afterwards."""
+    check_toolchain(environment)
+    headers = Path(torch.__file__).parent
+    compiler = scratch / "c++"
+    maps = shlex.join(f"-ffile-prefix-map={folder}=." for folder in (scratch, headers))
+    compiler.write_text(f'#!/bin/sh\nexec g++ {maps} "$@"\n')
+    compiler.chmod(0o755)
+    # The driver's library comes with the driver; to link against it, its name and those of its functions are enough.
+    stub = scratch / "libcuda.so"
+    source = scratch / "stub.c"
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in _DRIVER_FUNCTIONS))
+    subprocess.run(["g++", "-shared", "-xc", str(source), "-Wl,-soname,libcuda.so.1", "-o", str(stub)], check=True)
+    return {
+        **environment,
+        "CUDA_HOME": str(find_cuda_home(environment)),
+        "CXX": str(compiler),
+        "LIBRARY_PATH": os.pathsep.join(filter(None, (str(scratch), environment.get("LIBRARY_PATH")))),
+        "SOURCE_DATE_EPOCH": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "TRITON_DISABLE_LINE_INFO": "1",
+        "TMPDIR": str(scratch),
+    }
