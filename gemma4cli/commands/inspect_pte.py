@@ -49,12 +49,19 @@ def inspect_pte(
             "--check-gpu", metavar="GPU", help="Does it run there? a100, h100, h200, 3090, 4090, 5090, or this."
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Which program of a bundle for several GPU architectures.", show_default="the first"
+        ),
+    ] = None,
     diff: Annotated[bool, typer.Option("--diff", help="Compare two bundles or files.")] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw memory over context length: .png or .svg.")
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare the SHA-256 of large files, too; reads all of them.")
+        bool,
+        typer.Option("--verify", help="Read all of large files: compare their SHA-256, or with --diff each weight."),
     ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -70,7 +77,7 @@ def inspect_pte(
 
         check_plot_path(plot)
     if diff:
-        return _diff(console, workspace, paths or [], verify, others=bool(check_gpu or plot))
+        return _diff(console, workspace, paths or [], target, verify, others=bool(check_gpu or plot))
     from gemma4cli.inspection import documents
     from gemma4cli.inspection.artifact import open_artifact
     from gemma4cli.inspection.gpus import find_gpu
@@ -78,7 +85,8 @@ def inspect_pte(
 
     gpu = find_gpu(check_gpu) if check_gpu is not None else None
     given = [workspace.resolve("bundle", path, console.note) for path in paths or [None]]
-    artifact = open_artifact(given, verify=verify, progress=console.progress())
+    capability = gpu.capability if gpu else None
+    artifact = open_artifact(given, target=target, capability=capability, verify=verify, progress=console.progress())
     found = check(artifact, gpu) if gpu else None
     document: dict[str, Any] = {"overview": documents.overview(artifact)}
     for wanted, name in ((methods, "methods"), (delegates, "delegates"), (weights, "weights"), (state, "state")):
@@ -98,14 +106,16 @@ def inspect_pte(
     return None
 
 
-def _diff(console: Console, workspace: Workspace, paths: list[str], verify: bool, *, others: bool) -> None:
+def _diff(
+    console: Console, workspace: Workspace, paths: list[str], target: str | None, verify: bool, *, others: bool
+) -> None:
     if len(paths) != 2 or others:
         what = "--diff goes with neither --check-gpu nor --plot." if others else f"--diff takes two, not {len(paths)}."
         raise G4Error(what, hint="g4 inspect-pte --diff A B", exit_code=2)
     from gemma4cli.inspection.artifact import open_artifact
     from gemma4cli.inspection.diff import compare
 
-    a, b = (open_artifact([workspace.resolve("bundle", path, console.note)]) for path in paths)
+    a, b = (open_artifact([workspace.resolve("bundle", path, console.note)], target=target) for path in paths)
     document = compare(a, b, contents=verify, progress=console.progress())
     essence = "same" if document["same"] else "different"
     console.result(document, lambda: views.draw_diff(console, document), essence=essence)

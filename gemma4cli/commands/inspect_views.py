@@ -17,6 +17,7 @@ _LABEL = 14
 _NAME = 34
 _KERNEL = 26
 _BUFFER = 30
+_TENSOR = 36
 _HASH = 12
 _MOST_CHANGES = 30
 
@@ -95,7 +96,8 @@ def _provenance(console: Console, o: Document) -> None:
         layers = f"{_many(kv['layers'], 'layer')} of {kv['slots']:,} slots"
         _fact(console, f"{kind} cache", f"{format_bytes(kv['bytes'])} {kv['format']}, {layers}")
     targets = [target for target in o["targets"] if target != o["backend"]]
-    _fact(console, "backend", ", ".join((o["backend"], *targets)))
+    shown = f"; below: {o['target']} (--target)" if len(targets) > 1 else ""
+    _fact(console, "backend", ", ".join((o["backend"], *targets)) + shown)
     _fact(console, "built with", ", ".join(f"{name} {version}" for name, version in o["created_with"].items()))
 
 
@@ -264,7 +266,7 @@ def _ranges(numbers: list[int]) -> str:
 
 def _tensor_table(console: Console, weights: list[Document]) -> None:
     rows = [
-        (shorten(w["short_name"]), w["format"] or "", "" if w["shape"] is None else str(w["shape"]),
+        (shorten(w["short_name"], _TENSOR), w["format"] or "", "" if w["shape"] is None else str(w["shape"]),
          format_bytes(w["bytes"]))
         for w in weights
     ]  # fmt: skip
@@ -337,7 +339,7 @@ def _check(console: Console, check: Document) -> None:
         used = worst["static_shared_bytes"] + (worst["dynamic_shared_bytes"] or 0)
         _fact(console, "  shared", f"up to {used:,} of {gpu['shared_bytes_per_block']:,} bytes per block")
     if check["longest_context"] is not None:
-        _fact(console, "  context", f"up to {check['longest_context']:,} tokens would fit its memory")
+        _fact(console, "  context", f"its memory is enough for up to {check['longest_context']:,} tokens")
     for remark in check["remarks"]:
         _fact(console, "  unchecked", remark)
 

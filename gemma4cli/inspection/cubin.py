@@ -133,7 +133,7 @@ def _fatbin(data: memoryview, start: int) -> tuple[Image, int]:
         elif kind == _CUBIN and flags & _COMPRESSED:
             closed.append(architecture)
         elif kind == _CUBIN:
-            cubins.append(read_cubin(data[:end], position + entry_bytes)[0])
+            cubins.append(read_cubin(data[: position + entry_bytes + payload], position + entry_bytes)[0])
         position += entry_bytes + payload
     return Image(start, tuple(cubins), tuple(ptx), tuple(closed)), end
 
@@ -145,11 +145,12 @@ def read_cubin(data: memoryview, start: int = 0) -> tuple[Cubin, int]:
         raise Malformed("it holds a fatbin with code for something that is not a GPU")
     architecture = _architecture(elf)
     numbers = _per_symbol(elf)
-    kernels = tuple(
-        _kernel(elf, index, symbol, numbers)
+    entries = {
+        symbol.name: (index, symbol)
         for index, symbol in enumerate(elf.symbols)
         if symbol.kind == _FUNCTION and symbol.other & _ENTRY_POINT
-    )
+    }
+    kernels = tuple(_kernel(elf, index, symbol, numbers) for index, symbol in entries.values())
     return Cubin(start, architecture, kernels, hashlib.sha256(elf.data[: elf.size]).hexdigest()), elf.size
 
 

@@ -44,6 +44,7 @@ def overview(artifact: Artifact) -> Document:
             "model": manifest.model,
             "backend": manifest.backend,
             "targets": list(manifest.targets),
+            "target": artifact.target,
             "context_length": manifest.contract.context_length,
             "prefill_chunk": manifest.contract.prefill_chunk,
             "kv": {kind: asdict(record) for kind, record in manifest.kv.items()},

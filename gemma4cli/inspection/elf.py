@@ -1,11 +1,13 @@
 """The little of ELF that GPU code needs: sections and symbols of 64-bit little-endian files, read in place.
 
 Not pyelftools: a bundle has hundreds of small files inside its libraries, which takes that seconds, and what it raises
-for damaged ones is not limited to its own errors. A test compares the two.
+for damaged ones is not limited to its own errors. A test compares the two. Like flatbuffers, a file is read in time
+proportional to its size, whatever its tables claim.
 """
 
 from __future__ import annotations
 
+import bisect
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,10 @@ _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
 _NOBITS, _SYMTAB, _DYNSYM = 8, 2, 11
+
+# Names may be shared between symbols, so their lengths may add up to more than the file has; not to much more.
+_READS_PER_BYTE = 8
+_SLACK_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,7 @@ class Elf:
         if len(data) < _HEADER.size or bytes(data[: len(_MAGIC)]) != _MAGIC:
             raise Malformed("it holds code that is not a 64-bit ELF file")
         self.data = data
+        self._budget = _READS_PER_BYTE * len(data) + _SLACK_BYTES
         ident, _, self.machine, _, _, headers, sections, self.flags, _, segment_bytes, segments, size, count, names = (
             _HEADER.unpack_from(data)
         )
@@ -60,7 +67,7 @@ class Elf:
         names_at, names_size = (raw[names][4], raw[names][5]) if count else (0, 0)
         table = bytes(data[names_at : names_at + names_size])
         self.sections = [
-            Section(_string(table, name), kind, address, offset, length, link, info)
+            Section(self._string(table, name), kind, address, offset, length, link, info)
             for name, kind, _, address, offset, length, link, info, _, _ in raw
         ]
         ends = [s.offset + s.size for s in self.sections if s.kind != _NOBITS]
@@ -79,15 +86,19 @@ class Elf:
             raise Malformed("it holds an ELF file whose symbols have no names")
         names = bytes(self.contents(self.sections[section.link]))
         return [
-            Symbol(_string(names, name), info & 15, other, index, value, size)
+            Symbol(self._string(names, name), info & 15, other, index, value, size)
             for name, info, other, index, value, size in _SYMBOL.iter_unpack(
                 self.data[section.offset : section.offset + section.size // _SYMBOL.size * _SYMBOL.size]
             )
         ]
 
+    @cached_property
+    def _by_name(self) -> dict[str, Section]:
+        return {section.name: section for section in reversed(self.sections)}
+
     def section(self, name: str) -> Section | None:
-        """Find a section by its name."""
-        return next((section for section in self.sections if section.name == name), None)
+        """Find a section by its name; the first one of that name."""
+        return self._by_name.get(name)
 
     def contents(self, section: Section) -> memoryview:
         """Return a section's bytes; one that has none in the file is empty."""
@@ -95,14 +106,22 @@ class Elf:
             return self.data[:0]
         return self.data[section.offset : section.offset + section.size]
 
+    @cached_property
+    def _loaded(self) -> list[Section]:
+        """Sections with bytes in memory, by their place in the file."""
+        return sorted((s for s in self.sections if s.address and s.kind != _NOBITS), key=lambda s: s.offset)
+
     def address_of(self, offset: int) -> int | None:
         """Return where a byte of the file lies when it is loaded."""
-        for section in self.sections:
-            if section.address and section.kind != _NOBITS and 0 <= offset - section.offset < section.size:
-                return section.address + offset - section.offset
-        return None
+        index = bisect.bisect_right(self._loaded, offset, key=lambda section: section.offset) - 1
+        if index < 0 or offset - self._loaded[index].offset >= self._loaded[index].size:
+            return None
+        return self._loaded[index].address + offset - self._loaded[index].offset
 
-
-def _string(table: bytes, start: int) -> str:
-    end = table.find(b"\0", start)
-    return table[start : end if end >= 0 else len(table)].decode("utf-8", "backslashreplace")
+    def _string(self, table: bytes, start: int) -> str:
+        end = table.find(b"\0", start)
+        end = end if end >= 0 else len(table)
+        self._budget -= max(0, end - start)
+        if self._budget < 0:
+            raise Malformed("it holds an ELF file whose names overlap over and over")
+        return table[start:end].decode("utf-8", "backslashreplace")

@@ -106,13 +106,18 @@ def _planned_bytes(artifact: Artifact, device: str) -> int:
     return max(0, largest)
 
 
+def longest_possible(artifact: Artifact) -> int | None:
+    """Return the longest context that the model can be exported with; only a bundle says."""
+    return Gemma4Config.from_dir(artifact.path).max_position_embeddings if artifact.manifest else None
+
+
 def interesting_lengths(artifact: Artifact, model: MemoryModel) -> list[int]:
     """Context lengths worth a row: powers of four from 1k up to what the model can hold, and the exported one."""
     if model.context_length is None:
         return []
-    most = Gemma4Config.from_dir(artifact.path).max_position_embeddings if artifact.manifest else _LONGEST
-    powers = {length for step in range(5) if (length := 1024 * 4**step) <= most}
-    return sorted({*powers, model.context_length, *([most] if artifact.manifest else [])})
+    most = longest_possible(artifact)
+    powers = {length for step in range(5) if (length := 1024 * 4**step) <= (most or _LONGEST)}
+    return sorted({*powers, model.context_length, *([most] if most else [])})
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,9 @@ def check_gpu(artifact: Artifact, gpu: Gpu) -> GpuCheck:
     if not model.workspace_is_known:
         remarks.append("the program does not say what its kernels allocate while they run; that comes on top")
     longest = model.longest(gpu.memory_bytes, gpu.context_bytes)
+    most = longest_possible(artifact)
+    if longest is not None and most is not None:
+        longest = min(longest, most)
     return GpuCheck(gpu, use, longest, worst, tuple(problems), tuple(remarks))
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gemma4cli.inspection.artifact import Artifact
+from gemma4cli.inspection.artifact import Artifact, DelegatePart
 from gemma4cli.inspection.files import Span
 from gemma4cli.inspection.tensors import Tensor
 
@@ -81,7 +81,7 @@ def is_state(name: str) -> bool:
 def list_weights(artifact: Artifact) -> list[Weight]:
     """List every constant once, in the order of the files; caches are left out."""
     found: dict[str, Weight] = {}
-    for part in artifact.delegates:
+    for part in {id(part.blob): part for part in artifact.delegates}.values():
         for weight in part.blob.weights:
             place = artifact.find(weight.key) if weight.key else None
             file, span = (place[0].path.name, place[1]) if place else (_program_name(artifact), None)
@@ -133,18 +133,22 @@ def list_state(artifact: Artifact) -> list[StateBuffer]:
     """List mutable buffers: those a program plans for by name, and the caches of CUDA delegates."""
     found: dict[str, StateBuffer] = {}
 
-    def add(method: str, name: str, dtype: str, shape: tuple[int, ...], nbytes: int, device: str) -> None:
+    def add(methods: Iterable[str], name: str, kind: str, shape: tuple[int, ...], nbytes: int, device: str) -> None:
         known = found.get(name)
-        methods = (*(known.methods if known else ()), method)
-        found[name] = StateBuffer(name, dtype, shape, nbytes, device, tuple(dict.fromkeys(methods)))
+        together = tuple(dict.fromkeys((*(known.methods if known else ()), *methods)))
+        found[name] = StateBuffer(name, kind, shape, nbytes, device, together)
 
     for method in artifact.program.methods if artifact.program else ():
         for tensor in method.tensors:
             if tensor.is_state:
                 name = tensor.name or f"buffer at {tensor.memory[0]}:{tensor.memory[1]}"
-                add(method.name, name, tensor.dtype, tensor.shape, tensor.nbytes, tensor.device)
+                add([method.name], name, tensor.dtype, tensor.shape, tensor.nbytes, tensor.device)
+    users: dict[int, list[DelegatePart]] = {}
     for part in artifact.delegates:
-        for weight in part.blob.weights:
+        users.setdefault(id(part.blob), []).append(part)
+    for parts in users.values():
+        methods = list(dict.fromkeys(part.method for part in parts))
+        for weight in parts[0].blob.weights:
             if is_state(weight.name):
-                add(part.method, weight.name, weight.format, weight.shape or (), weight.nbytes, weight.device)
+                add(methods, weight.name, weight.format, weight.shape or (), weight.nbytes, weight.device)
     return list(found.values())

@@ -112,6 +112,22 @@ def test_the_exit_code_says_whether_it_fits(g4: G4, bundle: Path, gpu: str, code
     assert ("do not run on sm_89: they are for sm_90a" in outcome.out) == bool(code)
 
 
+def test_a_bundle_for_several_gpus(g4: G4, tmp_path: Path) -> None:
+    kernel = FakeKernel("scale", static_shared=2048)
+    libraries = {
+        target: build_library(tmp_path, [kernel], {"scale": cubin(kernel, f"{target}{suffix}")})
+        for target, suffix in (("sm_80", ""), ("sm_90", "a"))
+    }
+    bundle = programs.write_cuda_bundle(tmp_path / "both", libraries)
+    outcome = g4("inspect-pte", bundle)
+    assert "backend       cuda, sm_80, sm_90; below: sm_80 (--target)" in outcome.out
+    assert "GPU code      sm_80" in outcome.out
+    assert "GPU code      sm_90a" in g4("inspect-pte", bundle, "--target", "sm_90").out
+    codes = {gpu: g4("inspect-pte", bundle, "--check-gpu", gpu, "-q").code for gpu in ("a100", "4090", "h200", "5090")}
+    assert codes == {"a100": 0, "4090": 0, "h200": 0, "5090": 1}
+    assert g4("inspect-pte", bundle, bundle, "--diff", "--target", "sm_90", "-q").out == "same\n"
+
+
 def test_a_program_that_is_not_ours(g4: G4, program: Path) -> None:
     outcome = g4("inspect-pte", program, *VIEWS)
     assert outcome.code == 0
@@ -185,7 +201,9 @@ def test_the_last_bundle_and_names_of_the_workspace(g4: G4, workspace_root: Path
         (["{bundle}", "{program}"], 2, "is a bundle and brings its data files along."),
         (["{program}", "{bundle}"], 1, "tiny-cuda is not a file."),
         (["{program}", "{program}"], 1, "other.pte is not an ExecuTorch data file"),
-        (["{program}", "--verify"], 1, "is not a bundle: there are no hashes to compare."),
+        (["{program}", "--verify"], 2, "other.pte is not a bundle: it has no manifest."),
+        (["{program}", "--target", "sm_90"], 2, "other.pte is not a bundle: it has no manifest."),
+        (["{bundle}", "--target", "sm_80"], 1, "tiny-cuda has no program for sm_80."),
         (["{bundle}/g4.json"], 1, "g4.json is the manifest of a bundle."),
         (["{bundle}/config.json"], 1, "config.json is not an ExecuTorch program"),
         (["{program}", "--plot", "x.svg"], 1, "does not say what its context length is"),

@@ -21,7 +21,7 @@ from executorch.exir.scalar_type import ScalarType
 from executorch.exir.tensor_layout import TensorLayout
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 
-from gemma4cli.export.bundle import BundleManifest, KVRecord, MemoryRecord, write_manifest
+from gemma4cli.export.bundle import BundleManifest, KVRecord, MemoryRecord, program_file, write_manifest
 from gemma4cli.export.contract import DECODE, INPUTS, OUTPUTS, PREFILL, Contract
 from tests.support import tiny
 
@@ -195,16 +195,18 @@ def cuda_data(fill: int = 0) -> bytes:
 
 def write_cuda_bundle(
     folder: Path,
-    library: bytes,
+    library: bytes | Mapping[str, bytes],
     *,
     fill: int = 0,
     workspace_bytes: int = 1 << 20,
     created_with: Mapping[str, str] | None = None,
     **constants: int | list[int],
 ) -> Path:
-    """Write a bundle as `g4 export --backend cuda` lays it out."""
+    """Write a bundle as `g4 export --backend cuda` lays it out: for sm_90, or for each target that has a library."""
     folder.mkdir(parents=True)
-    (folder / "model.pte").write_bytes(cuda_program(library, **constants))
+    libraries = {"sm_90": library} if isinstance(library, bytes) else library
+    for target, code in libraries.items():
+        (folder / program_file(target, tuple(libraries))).write_bytes(cuda_program(code, **constants))
     (folder / "weights.ptd").write_bytes(cuda_data(fill))
     (folder / "config.json").write_text(json.dumps(tiny.tiny_text_config()))
     write_manifest(
@@ -217,7 +219,7 @@ def write_cuda_bundle(
                 "totals": None,
             },
             backend="cuda",
-            targets=("sm_90",),
+            targets=tuple(libraries),
             contract=CONTRACT,
             kv={"full": KVRecord("bfloat16", 1, CONTEXT, 2 * 32 * CONTEXT)},
             memory=MemoryRecord(1, 1, workspace_bytes),

@@ -199,6 +199,19 @@ def test_damaged_sections_get_a_sentence() -> None:
         read_cubin(corrupt(data, info.offset + 2, "<H", 60000))
 
 
+def test_names_that_overlap_over_and_over_are_refused() -> None:
+    """Every symbol's name may be the whole table of names: a small file once meant gigabytes of text."""
+    names, symbols = b"x" * 60_000, 20_000
+    body = names + struct.pack("<IBBHQQ", 0, 0x12, 0x10, 1, 0, 0) * symbols
+    sections = [(0, 0, 0, 0), (3, 64, len(names), 0), (2, 64 + len(names), 24 * symbols, 1)]
+    headers = b"".join(struct.pack("<IIQQQQIIQQ", 59_999, k, 0, 0, o, n, link, 0, 0, 0) for k, o, n, link in sections)
+    head = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 190, 1, 0, 0, 64 + len(body), 90, 64, 0, 0, 64, 3, 1
+    )
+    with pytest.raises(Malformed, match="whose names overlap over and over"):
+        read_cubin(memoryview(head + body + headers))
+
+
 def test_damaged_fatbins_get_a_sentence() -> None:
     data = fatbin([("elf", "sm_90a", cubin(SCALE, "sm_90a"), False)])
     for cut in (12, len(data) - 1):

@@ -145,6 +145,7 @@ def test_memory_that_a_gpu_lacks(tmp_path: Path) -> None:
     assert short.problems == ("it takes 2.08 MiB, 1 B more than its 2.08 MiB",)
     assert short.longest_context == programs.CONTEXT - 1
     assert check_gpu(artifact, replace(gpu, memory_bytes=1)).longest_context == 0
+    assert check_gpu(artifact, gpu).longest_context == 4096, "no more than the model can be exported with"
 
 
 def test_what_cannot_be_checked_is_said(tmp_path: Path) -> None:
