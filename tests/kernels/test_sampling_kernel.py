@@ -22,8 +22,9 @@ VOCAB = 262144
 
 def arguments(position: int = 5) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(position)
-    return (torch.randn(1, 3000, generator=generator), torch.tensor([position]), torch.tensor([1.0]), torch.tensor([64]),
-            torch.tensor([0.95]), torch.tensor([0.0]), torch.tensor([7]))  # fmt: skip
+    logits = torch.randn(1, 3000, generator=generator)
+    return (logits, torch.tensor([position]), torch.tensor([1.0]), torch.tensor([64]), torch.tensor([0.95]),
+            torch.tensor([0.0]), torch.tensor([7]))  # fmt: skip
 
 
 def test_the_op_exports_as_one_node_and_samples_on_a_cpu() -> None:

@@ -1,7 +1,7 @@
 """Launch configurations of the sampling kernels, per target.
 
-Not measured: chosen for one block per multiprocessor and no spills (tests/kernels/test_sampling_kernel.py compiles every
-entry for its target and holds it to that).
+Not measured: chosen for one block per multiprocessor and no spills (tests/kernels/test_sampling_kernel.py compiles
+every entry for its target and holds it to that).
 """
 
 from __future__ import annotations

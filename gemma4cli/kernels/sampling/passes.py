@@ -1,11 +1,11 @@
 """Four passes that find what `model.sampling.sample` finds in 48 dependent reductions: peak, tally, gather, finish.
 
 The thresholds of top-k and top-p are leaves of a tree: 24 halvings of [-26, 0]. Its first levels cut the range into
-EDGES bins. ``tally`` counts and weighs the tokens above every bin's lower edge, which names the bin that holds the top-k
-threshold and bounds the bins that may hold the top-p threshold. Tokens above those bins are kept and tokens below are
-dropped, whatever the thresholds are; ``gather`` draws among the former and lists the ones between, usually some hundred
-and never more than the vocabulary. ``finish`` walks the rest of the tree on that list alone, in one program, with the
-same float32 thresholds and comparisons as the bisection, and draws.
+EDGES bins. ``tally`` counts and weighs the tokens above every bin's lower edge, which names the bin that holds the
+top-k threshold and bounds the bins that may hold the top-p threshold. Tokens above those bins are kept and tokens below
+are dropped, whatever the thresholds are; ``gather`` draws among the former and lists the ones between, usually some
+hundred and never more than the vocabulary. ``finish`` walks the tree on that list alone, in one program, with the same
+float32 thresholds and comparisons as the bisection, and draws.
 
 Tokens more than 26 below the best are not listed: they cannot win the draw (model/sampling.py), only their mass counts.
 
@@ -15,6 +15,7 @@ token, so equal inputs give equal bits. Nothing is read on the host; a pass that
 Where the address of a store depends on a pointer's contents, the load stands in the kernel itself, not in a helper:
 PyTorch's analysis of what a kernel writes follows addresses into calls, and would copy an input that it finds there.
 """
+# ruff: noqa: ANN001, ANN201, ANN202, SIM108 - Triton's arguments have no Python types, and its `if`s are compiled
 
 from __future__ import annotations
 
@@ -161,8 +162,8 @@ def gather(
     """Draw among the tokens that are kept for sure, list those in doubt.
 
     Writes drawn, drawn_token [BLOCKS]: the best noisy score and its token; listed_score, listed_token [V]: the first
-    `listed` [1] entries, by token. The first program writes what ``finish`` needs besides: above_count [1], the number of
-    tokens above the list, and bound [4]: the listed scores' lower and upper bound, the mass above them and all mass.
+    `listed` [1] entries, by token. The first program writes what ``finish`` needs besides: above_count [1], the number
+    of tokens above the list, and bound [4]: the listed scores' lower and upper bound, the mass above, and all mass.
     """
     temperature = tl.load(temperature_ptr)
     if temperature > 0.0:
@@ -227,13 +228,12 @@ def gather(
 
 @triton.jit
 def _threshold(
-    score_ptr, count, bound_ptr, above, target, least,
-    MASS: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
+    score_ptr, count, bound_ptr, above, target, MASS: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     """Walk the tree, BITS halvings a round: the largest threshold whose tokens number (or weigh) at least `target`.
 
-    above: number or mass of the tokens above the list. least: listed scores below it weigh nothing. A threshold below
-    the list's lower bound is known to be reached and one above its upper bound not to be, however sums were rounded.
+    above: number or mass of the tokens above the list. A threshold below the list's lower bound is known to be reached
+    and one above its upper bound not to be, however sums were rounded.
     """
     FAN: tl.constexpr = 1 << BITS
     bottom = tl.load(bound_ptr)
@@ -257,8 +257,7 @@ def _threshold(
             score = tl.load(score_ptr + entry, mask=entry < count, other=float("-inf"))
             counts = score[None, :] >= threshold[:, None]
             if MASS:
-                weight = tl.where(score >= least, tl.exp(score), 0.0)
-                sums += tl.where(counts, weight[None, :], 0.0)
+                sums += tl.where(counts, tl.exp(score)[None, :], 0.0)
             else:
                 sums += counts.to(tl.int32)
         reached = (above + tl.sum(sums, axis=1) >= target) & (threshold <= top) | (threshold <= bottom)
@@ -315,15 +314,15 @@ def finish(
             top_k = tl.load(top_k_ptr)
             if (top_k > 0) & (top_k < V):
                 above_count = tl.load(above_count_ptr)
-                least = _threshold(listed_score_ptr, count, bound_ptr, above_count, top_k, least, False, BITS, LANES)
+                least = _threshold(listed_score_ptr, count, bound_ptr, above_count, top_k, False, BITS, LANES)
                 if least > _NEVER:
                     left = above + _mass_from(listed_score_ptr, count, least, LANES)
             top_p = tl.load(top_p_ptr)
             if top_p < 1.0:
+                # Below top-k's threshold the sums count dropped tokens too: there the kept ones alone reach the target.
                 target = top_p * left
-                least = tl.maximum(
-                    least, _threshold(listed_score_ptr, count, bound_ptr, above, target, least, True, BITS, LANES)
-                )
+                lowest = _threshold(listed_score_ptr, count, bound_ptr, above, target, True, BITS, LANES)
+                least = tl.maximum(least, lowest)
             min_p = tl.load(min_p_ptr)
             lane_best = tl.full([LANES], _NEVER, tl.float32)
             lane_token = tl.zeros([LANES], tl.int32)

@@ -6,13 +6,16 @@ Scratch memory starts as NaN and the largest integers (`poisoned`), so that a pa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from gemma4cli.kernels.sampling import launch
+from gemma4cli.kernels.sampling import launch, passes
 from gemma4cli.kernels.sampling.configs import SampleConfig
 from gemma4cli.model.sampling import _gumbel, sample
 
@@ -64,7 +67,7 @@ def make_logits(kind: str, vocab_size: int, generator: torch.Generator) -> Tenso
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab_size", SIZES)
 def test_same_token_as_the_reference(kind: str, vocab_size: int) -> None:
-    """Each pair of logits and vocabulary sees a share of the 54 combinations of settings; together they see all twice."""
+    """Each pair of logits and vocabulary sees a share of the 54 settings; together they see every one twice."""
     generator = torch.Generator().manual_seed(vocab_size)
     start = KINDS.index(kind) + 8 * SIZES.index(vocab_size)
     for index in range(start % 16, len(SETTINGS), 16):
@@ -75,20 +78,26 @@ def test_same_token_as_the_reference(kind: str, vocab_size: int) -> None:
         assert torch.equal(drawn, sample(logits, *arguments)), SETTINGS[index]
 
 
-@pytest.mark.parametrize("spacing", [1e-5, 1e-3, 0.02, 0.1])
+@pytest.mark.parametrize("share", [1e-4, 0.05, 0.9])
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(1, 1.0), (3, 1.0), (200, 1.0), (0, 0.5), (0, 0.9), (100, 0.3), (400, 0.97)]
+    ("top_k", "top_p", "min_p"),
+    [
+        *product([1, 2, 200, 999], [1.0], [0.0]),
+        *product([0, 400, 900], [0.1, 0.3, 0.5, 0.7, 0.9], [0.0]),
+        (0, 1.0, 0.3),
+        (950, 1.0, 0.014),
+        (700, 0.8, 0.3),
+    ],
 )
-def test_the_draw_reveals_the_threshold(spacing: float, top_k: int, top_p: float) -> None:
-    """The less likely a token, the more noise it gets: the one at the threshold wins, and one token more or less shows."""
+def test_the_draw_reveals_the_threshold(share: float, top_k: int, top_p: float, min_p: float) -> None:
+    """A token's noise makes up for its score: of those kept the last has the best sum, so one more or less shows."""
     vocab_size, seed, position = 1000, 77, 5
     noise = _gumbel(torch.tensor([[seed]]), torch.tensor([[position]]), vocab_size)
-    logits = torch.empty(1, vocab_size)
-    logits[0, noise[0].argsort()] = torch.arange(vocab_size) * -spacing
-    arguments = settings(1.0, top_k, top_p, 0.0, seed, position)
-    drawn = launch(CONFIG, logits, *arguments)
+    logits = noise * -share
+    arguments = settings(1.0, top_k, top_p, min_p, seed, position)
+    drawn = launch(replace(CONFIG, block=256), logits, *arguments)
     assert torch.equal(drawn, sample(logits, *arguments))
-    if spacing == 1e-5 and top_p == 1.0:
+    if share > 1e-3 and top_p == 1.0 and min_p == 0.0:  # else neighbours are closer than the thresholds' resolution
         assert drawn == noise[0].argsort()[top_k - 1]
 
 
@@ -134,6 +143,24 @@ def test_settings_at_and_beyond_their_limits(top_k: int, top_p: float) -> None:
     logits = make_logits("normal", 1000, torch.Generator().manual_seed(3))
     arguments = settings(2.0, top_k, top_p, 0.0, (1 << 63) - 1, (1 << 33) + 1)
     assert torch.equal(launch(CONFIG, logits, *arguments), sample(logits, *arguments))
+
+
+@triton.jit
+def write_noise(seed_ptr, position_ptr, out_ptr, first, COUNT: tl.constexpr):
+    index = tl.arange(0, COUNT)
+    tl.store(out_ptr + index, passes._noise(seed_ptr, position_ptr, first + index))
+
+
+@pytest.mark.parametrize(("position", "token"), [(330, 27264), (336, 202270)])
+def test_noise_is_exact_at_its_ends(position: int, token: int) -> None:
+    """The hash of these tokens is 4 and 2^32 - 5: below what 1 - w can hold, and clamped."""
+    where, count = torch.tensor([position]), 1024
+    first = token - token % count
+    expected = _gumbel(torch.tensor([[0]]), where[None], 262144)[0, first : first + count]
+    assert expected.argmax() == token - first or expected.argmin() == token - first
+    out = torch.full((count,), torch.nan)
+    write_noise[(1,)](torch.tensor([0]), where, out, first, COUNT=count)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=2e-7)
 
 
 def test_gemmas_vocabulary() -> None:
