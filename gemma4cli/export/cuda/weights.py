@@ -7,10 +7,13 @@ whatever the size of the model.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +28,12 @@ from gemma4cli.quant.gguf.checkpoint import GGUFCheckpoint
 from gemma4cli.quant.gguf.pack import pack_rows
 from gemma4cli.quant.pack import pack_weight
 
-PackRows = Callable[[int, int], PackedWeight]
-"""(first row, past the last row) -> these rows of a matrix."""
-
 _PREFIX = "model."  # of CudaModel within `export.trace.Step`
 _PARTS = ("codes", "high", "sub", "step")
 # Rows of a matrix that a thread packs at a time: their arrays stay in its cache.
 _SLAB_WEIGHTS = 1 << 21
 _MAX_THREADS = 8
+_QUEUED_PER_THREAD = 3  # keeps threads busy across the ends of matrices, and bounds memory
 
 
 @dataclass(frozen=True)
@@ -78,42 +79,56 @@ def write_weights(path: Path, signature: Signature, checkpoint: Checkpoint, prog
     """
     model = _meta_model(signature)
     entries = _entries(model)
-    layout = _layout(entries)
+    total = sum(entry.nbytes for entry in entries if not entry.is_state)
     threads = min(_MAX_THREADS, os.cpu_count() or 1)
-    with writing(path, layout) as writer, ThreadPoolExecutor(threads) as pool:
-        packing = _Packing(model, writer, pool)
-        total = sum(entry.nbytes for entry in entries if not entry.is_state)
-        with progress.phase("pack", total) as task:
-            for name, value in _constants(model):
-                task.advance(packing.put_plain(name, value))
-            for name in checkpoint.names():
-                for count in packing.put(name, checkpoint):
-                    task.advance(count, name)
+    with (
+        writing(path, _layout(entries)) as writer,
+        ThreadPoolExecutor(threads) as pool,
+        progress.phase("pack", total) as task,
+    ):
+        packing = _Packing(model, writer)
+        for name, value in _constants(model):
+            task.advance(packing.put_plain(name, value))
+        waiting: deque[tuple[str, Future[int]]] = deque()
+        for name in checkpoint.names():
+            for job in packing.jobs(name, checkpoint):
+                waiting.append((name, pool.submit(job)))
+                if len(waiting) > threads * _QUEUED_PER_THREAD:
+                    done, count = waiting.popleft()
+                    task.advance(count.result(), done)
+        for done, count in waiting:
+            task.advance(count.result(), done)
         packing.check_complete(entries)
 
 
 class _Packing:
-    """Puts tensors of a checkpoint where the program expects them."""
+    """Knows where every tensor of a checkpoint belongs, and puts it there."""
 
-    def __init__(self, model: CudaModel, writer: DataWriter, pool: ThreadPoolExecutor) -> None:
-        self._model, self._writer, self._pool = model, writer, pool
+    def __init__(self, model: CudaModel, writer: DataWriter) -> None:
+        self._model, self._writer = model, writer
         self._names = {module: name for name, module in model.named_modules()}
         self._key = {entry.fqn.removeprefix(_PREFIX): entry.storage_key for entry in _entries(model)}
-        self._written: dict[str, int] = dict.fromkeys(self._key, 0)
+        self._written = dict.fromkeys(self._key, 0)
+        self._lock = Lock()
 
-    def put(self, name: str, checkpoint: Checkpoint) -> Iterator[int]:
-        """Write a tensor of the checkpoint; yields the bytes written as they are."""
+    def jobs(self, name: str, checkpoint: Checkpoint) -> Iterator[Callable[[], int]]:
+        """Yield what there is to do for a tensor of the checkpoint; each job returns how many bytes it wrote."""
         place, part = self._model._place(name)
         prefix = f"{self._names[place]}."
-        if isinstance(place, PackedMatrix):
-            yield from self._put_matrix(prefix, place, int(part), *_rows(checkpoint, name, place.format.has_min))
-        else:
-            yield self.put_plain(prefix + part, checkpoint.tensor(name).to(getattr(place, part).dtype))
+        if not isinstance(place, PackedMatrix):
+            value = checkpoint.tensor(name).to(getattr(place, part).dtype)
+            yield lambda: self.put_plain(prefix + part, value)
+            return
+        rows, prefetch, pack = _source(checkpoint, name, place.format.has_min)
+        step = max(1, _SLAB_WEIGHTS // place.columns)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            prefetch(start, stop)
+            yield partial(self._put_rows, prefix, place, int(part) + start, partial(pack, start, stop))
 
     def put_plain(self, name: str, value: Tensor) -> int:
         """Write a whole buffer."""
-        self._written[name] += self._write(name, 0, value)
-        return self._written[name]
+        return self._write(name, 0, value)
 
     def check_complete(self, entries: list[WeightEntry]) -> None:
         """Every byte but the caches' must have been written, once."""
@@ -122,34 +137,35 @@ class _Packing:
             wanted = 0 if entry.is_state else entry.nbytes
             assert self._written[name] == wanted, f"{name}: {self._written[name]} of {wanted} bytes were written"
 
-    def _put_matrix(self, prefix: str, place: PackedMatrix, first: int, rows: int, pack: PackRows) -> Iterator[int]:
-        step = max(1, _SLAB_WEIGHTS // place.columns)
-
-        def slab(start: int) -> list[tuple[str, int]]:
-            packed = pack(start, min(start + step, rows))
-            assert packed.format == place.format, f"{prefix} has {place.format}, not {packed.format}"
-            parts = ((prefix + part, getattr(packed, part)) for part in _PARTS)
-            return [(part, self._write(part, first + start, data)) for part, data in parts if data is not None]
-
-        for written in self._pool.map(slab, range(0, rows, step)):
-            for part, count in written:
-                self._written[part] += count
-            yield sum(count for _, count in written)
+    def _put_rows(self, prefix: str, place: PackedMatrix, first: int, pack: Callable[[], PackedWeight]) -> int:
+        packed = pack()
+        assert packed.format == place.format, f"{prefix} has {place.format}, not {packed.format}"
+        parts = ((part, getattr(packed, part)) for part in _PARTS)
+        return sum(self._write(prefix + part, first, data) for part, data in parts if data is not None)
 
     def _write(self, name: str, row: int, value: Tensor) -> int:
+        """Write rows of a buffer, the first of which goes to `row`."""
         data = memoryview(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
         row_bytes = data.nbytes // value.shape[0] if value.ndim else data.nbytes
         self._writer.write(self._key[name], row * row_bytes, data)
+        with self._lock:
+            self._written[name] += data.nbytes
         return data.nbytes
 
 
-def _rows(checkpoint: Checkpoint, name: str, has_min: bool) -> tuple[int, PackRows]:
-    """Return how many rows a matrix has, and what packs some of them."""
+def _source(
+    checkpoint: Checkpoint, name: str, has_min: bool
+) -> tuple[int, Callable[[int, int], None], Callable[[int, int], PackedWeight]]:
+    """Return how many rows a matrix has, what asks the disk for some of them, and what packs them."""
     if isinstance(checkpoint, GGUFCheckpoint):
         source = checkpoint.source(name)
-        return source.rows, lambda start, stop: pack_rows(source, start, stop, has_min)
+        return source.rows, source.prefetch, lambda start, stop: pack_rows(source, start, stop, has_min)
     tensor = checkpoint.tensor(name)
-    return tensor.shape[0], lambda start, stop: pack_weight(tensor[start:stop], name, has_min)
+    return tensor.shape[0], _nothing, lambda start, stop: pack_weight(tensor[start:stop], name, has_min)
+
+
+def _nothing(start: int, stop: int) -> None:
+    """The system reads ahead by itself where a tensor is a mapping of its own."""
 
 
 def _meta_model(signature: Signature) -> CudaModel:

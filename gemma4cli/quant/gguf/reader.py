@@ -75,11 +75,18 @@ class GGUFTensor:
         place, nbytes = self.offset + start * row_bytes, (stop - start) * row_bytes
         return replace(self, shape=(stop - start, *self.shape[1:]), offset=place, nbytes=nbytes)
 
+    def prefetch(self, start: int, stop: int) -> None:
+        """Let the disk read these rows while something else is done."""
+        self._advise(mmap.MADV_WILLNEED, start, stop)
+
     def drop_pages(self, start: int, stop: int) -> None:
         """Tell the kernel that these rows are no longer needed, so that their pages do not count as our memory."""
+        self._advise(mmap.MADV_DONTNEED, start, stop)
+
+    def _advise(self, advice: int, start: int, stop: int) -> None:
         row_bytes = self.nbytes // self.rows
         first = (self.offset + start * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        self.file.mapping.madvise(mmap.MADV_DONTNEED, first, self.offset + stop * row_bytes - first)
+        self.file.mapping.madvise(advice, first, self.offset + stop * row_bytes - first)
 
 
 class GGUFFile:
