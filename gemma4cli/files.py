@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,26 @@ _HASH_CHUNK_BYTES = 8 << 20
 def sha256_file(path: Path, progress: Progress = SILENT) -> str:
     """Return the SHA-256 of a file as 64 hex digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file, progress.phase(f"hash {path.name}", path.stat().st_size) as task:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-            task.advance(len(chunk))
+    for chunk in _chunks(path, progress):
+        digest.update(chunk)
     return digest.hexdigest()
+
+
+def crc32_file(path: Path, progress: Progress = SILENT) -> str:
+    """Return the CRC-32 of a file as 8 hex digits: finds damage as well, at several times the speed."""
+    value = 0
+    for chunk in _chunks(path, progress):
+        value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+def _chunks(path: Path, progress: Progress) -> Iterator[memoryview]:
+    """Yield a file piece by piece; a piece is valid until the next one is asked for."""
+    buffer = memoryview(bytearray(_HASH_CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as file, progress.phase(f"hash {path.name}", path.stat().st_size) as task:
+        while count := file.readinto(buffer):
+            yield buffer[:count]
+            task.advance(count)
 
 
 def read_json(path: Path) -> Any:

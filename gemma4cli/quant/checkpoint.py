@@ -5,8 +5,9 @@ A quantized checkpoint is a folder: `model-00001-of-000NN.safetensors` shards of
 byte, and the `g4.json` manifest.
 
 What is checked when one is opened: the manifest and its version, every file's presence and size, the SHA-256 of
-everything but the shards, the shards' headers and the list of tensors against the config. The shards' own SHA-256 is
-compared when all of them together are below 1 GiB, or when the caller asks (`verify=True`).
+everything but the shards, the shards' headers and the list of tensors against the config. The shards' own checksums
+(SHA-256, or CRC-32 when converted from GGUF) are compared when all of them together are below 1 GiB, or when the caller
+asks (`verify=True`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from gemma4cli.files import (
     atomic_directory,
     empty_directory,
     require_free_space,
-    sha256_file,
     write_json,
 )
 from gemma4cli.model.config import Gemma4Config
@@ -60,7 +60,7 @@ def open_checkpoint(path: Path, progress: Progress = SILENT, *, verify: bool = F
     """Open a plain Hugging Face folder, a quantized checkpoint, or a folder that another program wrote with torchao.
 
     Args:
-        verify: compare the SHA-256 of a quantized checkpoint's shards whatever their size.
+        verify: compare the checksums of a quantized checkpoint's shards whatever their size.
 
     Raises: G4Error when there is nothing, something else, or something damaged at `path`.
     """
@@ -121,8 +121,8 @@ def _check_files(
             raise G4Error(
                 f"{file} has {size:,} bytes instead of {record.bytes:,}: it is incomplete or damaged.", hint=_AGAIN
             )
-        if (name not in shards or verify_shards) and sha256_file(file, progress) != record.sha256:
-            raise G4Error(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST_FILE}.", hint=_AGAIN)
+        if (name not in shards or verify_shards) and not record.matches(file, progress):
+            raise G4Error(f"{file} is damaged: its {record.checksum} is not the one in {MANIFEST_FILE}.", hint=_AGAIN)
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:
@@ -176,8 +176,11 @@ def write_checkpoint(
     force: bool = False,
     progress: Progress = SILENT,
     label: str = "quantize",
+    record: Callable[[Path], FileRecord] = FileRecord.of,
 ) -> CheckpointManifest:
     """Write a quantized checkpoint, one tensor in memory at a time; nothing is at `target` before all of it is there.
+
+    `record` checksums a finished shard.
 
     A run that was killed leaves its finished shards in `.<name>.partial`, listed in a manifest; the next run with the
     same source, recipe and library versions keeps them, and any other run starts over and says so.
@@ -188,7 +191,7 @@ def write_checkpoint(
         finished = _finished_shards(folder, plan, head, progress)
         pending = [shard for shard in plan.shards if shard.file not in finished.files]
         require_space(target, plan)
-        book = _Book(folder, plan, finished)
+        book = _Book(folder, plan, finished, record)
         # Making a shard durable and hashing it takes as long as writing it; the next ones are written meanwhile.
         with progress.phase(label, sum(shard.data_bytes for shard in pending)) as task, ThreadPoolExecutor(2) as clerks:
             entries = []
@@ -203,16 +206,18 @@ def write_checkpoint(
 class _Book:
     """The manifest on disk of a run that is under way."""
 
-    def __init__(self, folder: Path, plan: CheckpointPlan, manifest: CheckpointManifest) -> None:
+    def __init__(
+        self, folder: Path, plan: CheckpointPlan, manifest: CheckpointManifest, record: Callable[[Path], FileRecord]
+    ) -> None:
         self.manifest = manifest
-        self._folder, self._plan = folder, plan
+        self._folder, self._plan, self._record = folder, plan, record
         self._lock = Lock()
 
     def enter(self, writer: ShardWriter, shard: ShardPlan, records: Mapping[str, TensorRecord]) -> None:
         """Finish a shard and add it; from then on a later run keeps it."""
         with writer, _explained(self._folder / shard.file):
             file = writer.finish()
-        record = FileRecord(file.stat().st_size, sha256_file(file))
+        record = self._record(file)
         with self._lock, _explained(self._folder / MANIFEST_FILE):
             self.manifest = _with_shard(self._plan, self.manifest, shard.file, record, records)
             write_json(self._folder / MANIFEST_FILE, self.manifest.to_json())
@@ -271,7 +276,7 @@ def _write_rest(folder: Path, plan: CheckpointPlan, manifest: CheckpointManifest
     for name, content in contents.items():
         with _explained(folder / name):
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        files[name] = FileRecord((folder / name).stat().st_size, sha256_file(folder / name))
+        files[name] = FileRecord.of(folder / name)
     manifest = replace(manifest, files=files)
     with _explained(folder / MANIFEST_FILE):
         write_json(folder / MANIFEST_FILE, manifest.to_json())
@@ -317,7 +322,7 @@ def _is_whole(folder: Path, shard: ShardPlan, earlier: CheckpointManifest, progr
         return False
     if not set(shard.tensors) <= set(earlier.tensors) or not _starts_with(path, shard.header):
         return False
-    return sha256_file(path, progress) == record.sha256
+    return record.matches(path, progress)
 
 
 @contextlib.contextmanager

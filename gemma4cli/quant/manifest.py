@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from gemma4cli.errors import G4Error
-from gemma4cli.files import read_json, sha256_file
+from gemma4cli.files import crc32_file, read_json, sha256_file
 from gemma4cli.progress import SILENT, Progress
 
 MANIFEST_FILE = "g4.json"
@@ -32,6 +32,44 @@ class FileRecord:
 
     bytes: int
     sha256: str | None
+
+    @property
+    def checksum(self) -> str:
+        """What the contents are compared by."""
+        return "SHA-256"
+
+    @classmethod
+    def of(cls, file: Path) -> FileRecord:
+        """Hash a file."""
+        return cls(file.stat().st_size, sha256_file(file))
+
+    def matches(self, file: Path, progress: Progress = SILENT) -> bool:
+        """Tell whether a file of this size has these contents."""
+        return sha256_file(file, progress) == self.sha256
+
+
+@dataclass(frozen=True)
+class FastFileRecord(FileRecord):
+    """A file that is written as fast as the disk takes it, where SHA-256 would take longer than everything else.
+
+    CRC-32 finds damage too. Against intent neither helps: whoever changes a shard can change its record.
+    """
+
+    crc32: str
+
+    @property
+    def checksum(self) -> str:
+        """What the contents are compared by."""
+        return "CRC-32"
+
+    @classmethod
+    def of(cls, file: Path) -> FastFileRecord:
+        """Checksum a file."""
+        return cls(file.stat().st_size, None, crc32_file(file))
+
+    def matches(self, file: Path, progress: Progress = SILENT) -> bool:
+        """Tell whether a file of this size has these contents."""
+        return crc32_file(file, progress) == self.crc32
 
 
 @dataclass(frozen=True)
@@ -122,7 +160,7 @@ class CheckpointManifest:
                 _record(Totals, document["totals"]),
             )
             tensors = {name: {**t, "shape": tuple(t["shape"])} for name, t in document["tensors"].items()}
-            return cls(head, _records(TensorRecord, tensors), _records(FileRecord, document["files"]))
+            return cls(head, _records(TensorRecord, tensors), _file_records(document["files"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise G4Error(f"{where} is damaged: {error}.", hint="Quantize again, or copy the folder again.") from None
 
@@ -158,6 +196,13 @@ def _known_sha256(file: Path) -> str | None:
     blob = file.resolve()
     known = file.is_symlink() and blob.parent.name == "blobs" and _HEX64.fullmatch(blob.name)
     return blob.name if known else None
+
+
+def _file_records(sections: Mapping[str, Any]) -> dict[str, FileRecord]:
+    return {
+        name: _record(FastFileRecord if "crc32" in section else FileRecord, section)
+        for name, section in sections.items()
+    }
 
 
 def _records(kind: type[R], sections: Mapping[str, Any]) -> dict[str, R]:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,20 @@ def test_every_part_of_the_folder(tmp_path: Path) -> None:
     record = manifest.tensors["model.layers.0.mlp.up_proj.weight"]
     assert (record.format, record.method, record.group_size, record.bits_per_weight) == ("int8", "Q8_0", 32, 8.75)
     assert (record.relative_error, record.snr_db) == (0.0, None)
+
+
+def test_damage_is_found_by_checksum(tiny: Path, tmp_path: Path) -> None:
+    """Shards have a CRC-32 here, the small files their SHA-256."""
+    convert_gguf([write(tmp_path / "m.gguf", describe(tiny, GGML.Q8_0))], tmp_path / "out")
+    files = json.loads((tmp_path / "out" / "g4.json").read_text())["files"]
+    shard = "model-00001-of-00001.safetensors"
+    data = bytearray((tmp_path / "out" / shard).read_bytes())
+    assert files[shard] == {"bytes": len(data), "sha256": None, "crc32": f"{zlib.crc32(data):08x}"}
+    assert files["config.json"].keys() == {"bytes", "sha256"}
+    data[-1] ^= 1
+    (tmp_path / "out" / shard).write_bytes(data)
+    with pytest.raises(G4Error, match=rf"{shard} is damaged: its CRC-32 is not the one in g4\.json"):
+        open_checkpoint(tmp_path / "out")
 
 
 def test_a_source_from_the_hub_is_named_and_hashed(tiny: Path, tmp_path: Path) -> None:

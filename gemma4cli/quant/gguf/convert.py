@@ -44,6 +44,7 @@ from gemma4cli.quant.gguf.reader import GGUF, GGUFTensor, open_gguf
 from gemma4cli.quant.gguf.tokenizer import read_vocabulary, tokenizer_config, tokenizer_json
 from gemma4cli.quant.manifest import (
     CheckpointManifest,
+    FastFileRecord,
     ManifestHead,
     TensorRecord,
     Totals,
@@ -51,7 +52,7 @@ from gemma4cli.quant.manifest import (
 )
 from gemma4cli.quant.shards import stored_bytes
 
-# Smaller than when quantizing: there is less time per byte in which to hash a shard while the next one is written.
+# Smaller than when quantizing: there is less time per byte in which to checksum a shard while the next one is written.
 SHARD_BYTES = 2_000_000_000
 _LIBRARIES_BYTES = 450 << 20
 _MAX_THREADS = 8
@@ -142,7 +143,14 @@ def convert_gguf(
     )
     with _Producer(plan) as producer:
         return write_checkpoint(
-            target, plan.checkpoint, head, producer.produce, force=force, progress=progress, label="convert"
+            target,
+            plan.checkpoint,
+            head,
+            producer.produce,
+            force=force,
+            progress=progress,
+            label="convert",
+            record=FastFileRecord.of,
         )
 
 

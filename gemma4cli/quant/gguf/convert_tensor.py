@@ -51,7 +51,7 @@ def empty_tensor(source: GGUFTensor) -> Tensor:
     if source.type in FLOAT_TYPES:
         return torch.empty(source.shape, dtype=_FLOAT_DTYPES[source.type], device="meta")
     if source.type in FORMATS:
-        return _assemble(source, FORMATS[source.type], *_parts(source, FORMATS[source.type], torch.device("meta")))
+        return _assemble(source, FORMATS[source.type], *_parts(source, FORMATS[source.type], "meta"))
     return MatrixBuilder(_matrix(source), REQUANTIZED_AS, "meta").finish()
 
 
@@ -118,22 +118,27 @@ def _matrix(source: GGUFTensor) -> tuple[int, int]:
     return source.shape
 
 
-def _parts(source: GGUFTensor, block_format: BlockFormat, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+def _parts(source: GGUFTensor, block_format: BlockFormat, device: str) -> tuple[Tensor, Tensor | None, Tensor]:
     """Allocate (qdata, sub, step) of the shapes in tensors.py."""
     rows, columns = _matrix(source)
     packed = block_format.bits == 4
     pair = (2,) if block_format.has_min else ()
     groups, blocks = columns // block_format.group_size, columns // block_format.block_size
-    codes = torch.empty(
-        (rows, columns // 2 if packed else columns), dtype=torch.uint8 if packed else torch.int8, device=device
-    )
-    sub = torch.empty((rows, groups, *pair), dtype=torch.int8, device=device) if block_format.two_level else None
-    return codes, sub, torch.empty((rows, blocks, *pair), dtype=torch.float16, device=device)
+    codes = _empty((rows, columns // 2 if packed else columns), torch.uint8 if packed else torch.int8, device)
+    sub = _empty((rows, groups, *pair), torch.int8, device) if block_format.two_level else None
+    return codes, sub, _empty((rows, blocks, *pair), torch.float16, device)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Allocate a tensor. numpy asks for huge pages, which torch does not; touching small ones costs a lot of time."""
+    if device == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _decode(source: GGUFTensor, pool: ThreadPoolExecutor | None) -> Tensor:
     block_format = FORMATS[source.type]
-    parts = _parts(source, block_format, torch.device("cpu"))
+    parts = _parts(source, block_format, "cpu")
     arrays = [None if part is None else part.numpy() for part in parts]
     block_bytes = source.nbytes // source.rows // parts[2].shape[1]
 
