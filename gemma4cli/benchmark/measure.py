@@ -70,8 +70,7 @@ class Probe:
 
         Raises: RuntimeError when the engine did not start at the depth asked for, or read another number of tokens.
         """
-        timed = self._run_text if test.path == "text" else self._run_model
-        prepared = timed(test)
+        prepared = self.prepare(test)
         before = self.gpu.read() if self.gpu else None
         sample = prepared()
         if self.gpu is None or before is None:
@@ -80,7 +79,11 @@ class Probe:
         known = after.energy_j is not None and before.energy_j is not None
         return replace(sample, gpu=after, joules=after.energy_j - before.energy_j if known else None)
 
-    def _run_model(self, test: Case) -> Callable[[], Sample]:
+    def prepare(self, test: Case) -> Callable[[], Sample]:
+        """Bring the cache to a test's depth; what is returned does the timed part, once."""
+        return self._prepare_text(test) if test.path == "text" else self._prepare_model(test)
+
+    def _prepare_model(self, test: Case) -> Callable[[], Sample]:
         if test.n_depth:
             self._generate(self._base[: test.n_depth])
             tokens = self._base[: test.n_depth + test.tokens]
@@ -98,7 +101,7 @@ class Probe:
 
         return measure
 
-    def _run_text(self, test: Case) -> Callable[[], Sample]:
+    def _prepare_text(self, test: Case) -> Callable[[], Sample]:
         if self.chat is None:
             raise RuntimeError(f"{test.name} needs a tokenizer")
         chat = self.chat

@@ -1,32 +1,38 @@
 """Where the time of one step goes, from torch's profiler: matrix products, attention, norms, and everything else.
 
-The model's own modules say what an operator belongs to: every linear layer, norm and attention call opens a scope, and
-an operator counts for the innermost one around it. On a GPU the times are those of the kernels, and what is left of
-the step is gaps, in which the GPU waits; on a CPU it is Python between the operators.
+In a checkpoint's model the modules say what an operator belongs to: every linear layer, norm and attention call opens
+a scope, and an operator counts for the innermost one around it. In a compiled bundle the kernels' names say it. On a
+GPU the times are those of the kernels, and what is left of the step is gaps, in which the GPU waits; on a CPU it is
+Python between the operators.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gemma4cli.benchmark.measure import Probe
 from gemma4cli.benchmark.plan import Case, Plan
-from gemma4cli.benchmark.subject import CheckpointSubject
+from gemma4cli.benchmark.subject import CheckpointSubject, LoadedSubject, Subject
 from gemma4cli.errors import G4Error
 from gemma4cli.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     import torch
 
-    from gemma4cli.engine.eager import EagerEngine
-
 GROUPS = ("matvec", "attention", "norm", "other")
 _SCOPE = "g4."
 _TOP = 8
+_KERNELS = (
+    (re.compile(r"^(matvec|matmul|quantize_rows)"), "matvec"),
+    (re.compile(r"^(attend|split|combine)"), "attention"),
+    (re.compile(r"rsqrt|norm"), "norm"),
+)
+"""Names in gemma4cli/kernels, and parts of the names that Inductor gives."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +44,33 @@ class Work:
     seconds: float
 
 
-def profile_steps(
-    subject: CheckpointSubject, plan: Plan, threads: int | None, progress: Progress = SILENT
-) -> dict[str, Any]:
+def profile_steps(subject: Subject, plan: Plan, threads: int | None, progress: Progress = SILENT) -> dict[str, Any]:
     """Profile one step of every test of a plan: a whole chunk of prompt, or one decoded token.
 
     Returns: `model`, and `steps`: per test the seconds of a step, of each group, launches (of operators on a CPU, of
         kernels on a GPU) and gaps.
-    Raises: G4Error with --compile, whose fused kernels belong to no module.
+    Raises: G4Error for what does not run in PyTorch, and with --compile, whose fused kernels belong to no module.
     """
-    if subject.compile:
+    if subject.engine_name == "runner":
+        raise G4Error(
+            "--profile looks into PyTorch, and the runner is outside of it.",
+            hint="Name a checkpoint: g4 bench CHECKPOINT --profile. For a CUDA bundle: --engine torch.",
+        )
+    if isinstance(subject, CheckpointSubject) and subject.compile:
         raise G4Error("--profile tells modules apart, which --compile fuses.", hint="Leave --compile away.")
     loaded = subject.load(threads, progress)
-    with loaded.engine as engine:
+    with loaded.engine as engine, contextlib.ExitStack() as stack:
+        if isinstance(subject, CheckpointSubject):
+            stack.enter_context(_scopes(engine.model))
         model_tests = [test for test in plan.tests if test.path == "model"]
-        with progress.phase("profile", len(model_tests), "steps") as task, _scopes(engine.model):
-            steps = []
-            for test in model_tests:
-                task.advance(0, test.name)
-                steps.append(_profile(engine, test, plan.repeats))
-                task.advance(1)
+        task = stack.enter_context(progress.phase("profile", len(model_tests), "steps"))
+        probe = Probe(engine, subject.config.vocab_size)
+        probe.begin_round(subject.context_length)
+        steps = []
+        for test in model_tests:
+            task.advance(0, test.name)
+            steps.append(_profile(subject, loaded, probe, test, plan.repeats))
+            task.advance(1)
     return {"model": subject.describe(), "threads": loaded.threads, "steps": steps}
 
 
@@ -79,47 +92,57 @@ def summarize(work: Sequence[Work], seconds: float) -> dict[str, Any]:
     }
 
 
-def _profile(engine: EagerEngine, test: Case, repeats: int) -> dict[str, Any]:
+def _profile(subject: Subject, loaded: LoadedSubject, probe: Probe, test: Case, repeats: int) -> dict[str, Any]:
     """Profile a step at the test's depth; its duration is the median of steps without the profiler."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports every start and stop on stderr
-    import torch
     from torch.profiler import ProfilerActivity, profile
 
-    device = engine.model.model.embed_tokens.embed_scale.device
-    count = 1 if test.n_gen else min(test.n_prompt, engine.model.cache.prefill_chunk)
-    tokens = torch.ones(1, count, dtype=torch.int64, device=device)
-    positions = torch.arange(test.n_depth, test.n_depth + count, device=device)
-
-    @torch.no_grad()
-    def step() -> float:
-        started = time.perf_counter()
-        engine.model(tokens, positions)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    step()
-    seconds = sorted(step() for _ in range(repeats))[repeats // 2]
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities) as profiler:
-        profiled = step()
-    work = list(_work(profiler.events(), on_gpu=device.type == "cuda"))
-    if device.type == "cpu":
+    on_gpu = subject.device != "cpu"
+    step = Case(test.n_depth, 0 if test.n_gen else min(test.n_prompt, loaded.chunk), 1 if test.n_gen else 0)
+    probe.run(step)
+    seconds = sorted(probe.run(step).seconds for _ in range(repeats))[repeats // 2]
+    timed = probe.prepare(step)
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+        profiled = timed().seconds
+    find = _operators if not on_gpu else _kernels_of_operators if subject.engine_name == "eager" else _kernels_of_graphs
+    work = list(find(profiler.events()))
+    if not on_gpu:
         # The profiler's own cost falls on every operator; a step without it is what the shares are of.
         work = [Work(item.name, item.group, item.seconds * seconds / profiled) for item in work]
-    launched = "operators" if device.type == "cpu" else "kernel launches"
-    return {"test": test.name, "tokens": count, "seconds": seconds, "launched": launched, **summarize(work, seconds)}
+    launched = "kernel launches" if on_gpu else "operators"
+    summary = summarize(work, seconds)
+    return {"test": test.name, "tokens": step.tokens, "seconds": seconds, "launched": launched, **summary}
 
 
-def _work(events: Sequence[Any], *, on_gpu: bool) -> Iterator[Work]:
+def _operators(events: Sequence[Any]) -> Iterator[Work]:
+    """What ran on the CPU, by the scope around it."""
     for event in events:
-        if event.name.startswith(_SCOPE):
-            continue
-        if on_gpu:
-            for kernel in event.kernels:
-                yield Work(kernel.name, _group(event), kernel.duration / 1e6)
-        elif event.self_cpu_time_total > 0:
+        if not event.name.startswith(_SCOPE) and event.self_cpu_time_total > 0:
             yield Work(event.name, _group(event), event.self_cpu_time_total / 1e6)
+
+
+def _kernels_of_operators(events: Sequence[Any]) -> Iterator[Work]:
+    """What ran on the GPU, by the scope around the operator that launched it."""
+    for event in events:
+        for kernel in event.kernels:
+            yield Work(kernel.name, _group(event), kernel.duration / 1e6)
+
+
+def _kernels_of_graphs(events: Sequence[Any]) -> Iterator[Work]:
+    """What ran on the GPU, by its name: a CUDA graph launches it all at once, from nowhere in particular."""
+    from torch.autograd import DeviceType
+
+    for event in events:
+        if event.device_type == DeviceType.CUDA:
+            yield Work(event.name, group_of_kernel(event.name), event.time_range.elapsed_us() / 1e6)
+
+
+def group_of_kernel(name: str) -> str:
+    """Group a kernel of a compiled program by its name: our own kernels', else what Inductor says it fused."""
+    for pattern, group in _KERNELS:
+        if pattern.search(name):
+            return group
+    return "other"
 
 
 def _group(event: Any) -> str:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4cli.benchmark.roofline import Traffic, bundle_traffic, model_traffic
 from gemma4cli.errors import G4Error
-from gemma4cli.export.bundle import PROGRAM_FILE, Bundle, open_bundle
+from gemma4cli.export.bundle import FORMAT, Bundle, open_bundle
+from gemma4cli.files import read_json
 from gemma4cli.model.config import Gemma4Config
 from gemma4cli.progress import SILENT, Progress
 from gemma4cli.quant.manifest import MANIFEST_FILE, CheckpointManifest
 
 if TYPE_CHECKING:
+    from gemma4cli.engine.compiled import CompiledEngine
     from gemma4cli.engine.eager import EagerEngine
     from gemma4cli.engine.runner import RunnerEngine
 
@@ -29,7 +31,7 @@ class LoadedSubject:
     threads: on the CPU; backends: as llama-bench's column; chunk: most prompt tokens per step.
     """
 
-    engine: RunnerEngine | EagerEngine
+    engine: RunnerEngine | EagerEngine | CompiledEngine
     threads: int
     backends: str
     chunk: int
@@ -77,14 +79,22 @@ class Subject(ABC):
 
 @dataclass
 class BundleSubject(Subject):
-    """An exported program."""
+    """An exported program, in the C++ runner, or, compiled for a GPU, hosted by PyTorch (`engine_name` "torch").
+
+    Raises: G4Error for a bundle that is not for a GPU and yet is to run in PyTorch.
+    """
 
     bundle: Bundle
+    engine_name: str = "runner"
 
     def __post_init__(self) -> None:
         manifest = self.bundle.manifest
         self.path = self.bundle.path
-        self.engine_name = "runner"
+        if self.engine_name == "torch" and manifest.backend != "cuda":
+            raise G4Error(
+                f"--engine torch runs compiled CUDA code; {self.path} is for the {manifest.backend}.",
+                hint="Leave --engine away.",
+            )
         self.device = "cpu" if manifest.backend == "cpu" else "cuda"
         self.context_length = manifest.contract.context_length
         self.kv_format = ", ".join(dict.fromkeys(record.format for record in manifest.kv.values()))
@@ -97,6 +107,8 @@ class BundleSubject(Subject):
         return Gemma4Config.from_dir(self.path)
 
     def load(self, threads: int | None, progress: Progress = SILENT) -> LoadedSubject:
+        if self.engine_name == "torch":
+            return self._load_into_torch(progress)
         from gemma4cli.engine.runner import RunnerEngine
 
         engine = RunnerEngine(self.path, threads=threads)
@@ -110,6 +122,15 @@ class BundleSubject(Subject):
             engine.load_s,
             bundle_traffic(self.bundle),
         )
+
+    def _load_into_torch(self, progress: Progress) -> LoadedSubject:
+        import torch
+
+        from gemma4cli.engine.compiled import CompiledEngine
+
+        engine = CompiledEngine.from_bundle(self.path, progress)
+        chunk, threads = engine.contract.prefill_chunk, torch.get_num_threads()
+        return LoadedSubject(engine, threads, "CUDA in PyTorch", chunk, engine.load_s, bundle_traffic(self.bundle))
 
 
 @dataclass
@@ -160,15 +181,24 @@ class CheckpointSubject(Subject):
 
 
 def open_subject(
-    path: Path, *, device: str | None = None, compile: bool = False, context: int | None = None
+    path: Path,
+    *,
+    engine: str | None = None,
+    device: str | None = None,
+    compile: bool = False,
+    context: int | None = None,
 ) -> BundleSubject | CheckpointSubject:
     """Find out what a folder is.
 
-    Raises: G4Error for a folder that is neither, and for options that a bundle does not take.
+    Args:
+        engine: of a bundle, "runner" or "torch"; None is the runner.
+    Raises: G4Error for a folder that is neither, and for options that it does not take.
     """
-    if not (path / PROGRAM_FILE).is_file():
+    if not _is_bundle(path):
         if not (path / "config.json").is_file():
             raise G4Error(f"{path} is neither a bundle nor a checkpoint.", hint="Name what g4 export or g4 pull made.")
+        if engine is not None:
+            raise G4Error(f"{path} is a checkpoint; --engine is for bundles.", hint="Leave --engine away.", exit_code=2)
         return CheckpointSubject(path, device or "cpu", compile, context)
     given = {"--device": device is not None, "--compile": compile, "--ctx": context is not None}
     if any(given.values()):
@@ -178,4 +208,10 @@ def open_subject(
             hint="Export it again, or name a checkpoint.",
             exit_code=2,
         )
-    return BundleSubject(open_bundle(path))
+    return BundleSubject(open_bundle(path), engine or "runner")
+
+
+def _is_bundle(path: Path) -> bool:
+    manifest = path / MANIFEST_FILE
+    document = read_json(manifest) if manifest.is_file() else None
+    return isinstance(document, dict) and document.get("format") == FORMAT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -66,6 +66,10 @@ def bench(
         int | None,
         typer.Option("--threads", "-t", metavar="N", min=1, help="CPU threads.", show_default="one per core"),
     ] = None,
+    engine: Annotated[
+        Literal["runner", "torch"] | None,
+        typer.Option("--engine", help="What runs a bundle: torch hosts CUDA code in PyTorch.", show_default="runner"),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -96,7 +100,7 @@ def bench(
         typer.Option("--fail-below", metavar="SHARE", help="Exit 1 when slower by more than this.", show_default="5%"),
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Instead: where the time of one step goes (checkpoints only).")
+        bool, typer.Option("--profile", help="Instead: where the time of one step in PyTorch goes.")
     ] = False,
     quality: Annotated[
         bool, typer.Option("--quality", help="Instead: perplexity, KL divergence, agreement with the original.")
@@ -159,7 +163,8 @@ def bench(
     if plot is not None:
         check_plot(plot)
     workspace = Workspace.from_environment()
-    subject = open_subject(_folder(workspace, target, console), device=device, compile=compile, context=ctx)
+    folder = _folder(workspace, target, console)
+    subject = open_subject(folder, engine=engine, device=device, compile=compile, context=ctx)
     if quality:
         return _judge(console, workspace, subject, reference, on, tokens, threads, save=save_receipt)
     plan = make_plan(subject.context_length, **sizes, text=text, repeats=repeats, warmup=warmup)
@@ -231,14 +236,8 @@ def _compare(console: Console, before: list[dict[str, Any]], document: Document,
 
 def _profile(console: Console, subject: Subject, plan: Plan, threads: int | None) -> int:
     from gemma4cli.benchmark.profile import profile_steps
-    from gemma4cli.benchmark.subject import CheckpointSubject
     from gemma4cli.commands.bench_views import draw_profile
 
-    if not isinstance(subject, CheckpointSubject):
-        raise G4Error(
-            "--profile looks into PyTorch, and a bundle runs outside of it.",
-            hint="Name a checkpoint: g4 bench CHECKPOINT --profile",
-        )
     document = profile_steps(subject, plan, threads, console.progress())
     shares = ", ".join(f"{step['test']} {step['seconds'] * 1000:.2f} ms" for step in document["steps"])
     console.result(document, lambda: draw_profile(console, document), essence=shares)

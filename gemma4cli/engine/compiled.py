@@ -14,10 +14,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -34,8 +34,12 @@ from gemma4cli.kernels.targets import target_for_capability
 from gemma4cli.model.settings import GREEDY, SamplingSettings
 from gemma4cli.progress import SILENT, Progress
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _HOST_LIBRARIES = ("libc10.so", "libtorch_cpu.so", "libc10_cuda.so", "libtorch_cuda.so")
 _STATE = ".kv_cache."
+_SCORING_SESSION = "g4.logits"
 
 
 class _Entry(ctypes.Structure):
@@ -58,7 +62,9 @@ class CompiledLibrary:
             try:
                 self._library = ctypes.CDLL(file.name)
             except OSError as error:
-                raise G4Error(f"The bundle's compiled code does not load: {error}.", hint="Export again: g4 export")
+                raise G4Error(
+                    f"The bundle's compiled code does not load: {error}.", hint="Export again: g4 export"
+                ) from None
         self._container = ctypes.c_void_p()
         self._call("CreateWithDevice", ctypes.byref(self._container), ctypes.c_size_t(1), str(device).encode(), None)
         self.constants = self._constants()
@@ -162,6 +168,11 @@ class CompiledEngine(Engine):
     def context_length(self) -> int:
         return self.contract.context_length
 
+    @property
+    def load_s(self) -> float:
+        """Seconds it took to load the bundle."""
+        return self._load_s
+
     def generate(self, request: GenerationRequest) -> Generation:
         self.check_fits(request)
         if not all(0 <= token < self.contract.vocab_size for token in request.tokens):
@@ -175,6 +186,18 @@ class CompiledEngine(Engine):
     def close(self) -> None:
         self._sessions.clear()
         self._weights.clear()
+
+    def logits(self, tokens: Sequence[int], *, chunk: int | None = 1) -> Iterator[np.ndarray]:
+        """Read tokens from position 0 and yield float32 [1, V] rows: after each chunk, what the model expects next.
+
+        Args:
+            chunk: tokens per step; only with 1 is there a row for every token.
+        """
+        self._sessions.pop(_SCORING_SESSION, None)
+        step = min(chunk or self.contract.prefill_chunk, self.contract.prefill_chunk)
+        for start in range(0, len(tokens), step):
+            _, row = self.step(_SCORING_SESSION, tokens[start : start + step], GREEDY)
+            yield row.float().cpu().numpy()
 
     def step(self, session: str, tokens: Sequence[int], sampling: SamplingSettings) -> tuple[Tensor, Tensor]:
         """Read tokens after what the session holds; returns (token [1] i64, logits [1, V] f32) on the device.

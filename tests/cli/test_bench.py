@@ -62,6 +62,12 @@ def test_what_cannot_be_done_is_said(g4: RunG4, checkpoint: Path, arguments: lis
     assert message in outcome.err
 
 
+def test_a_checkpoint_has_no_engine_to_choose(g4: RunG4, checkpoint: Path) -> None:
+    outcome = g4("bench", checkpoint, "--engine", "torch")
+    assert outcome.code == 2
+    assert "is a checkpoint; --engine is for bundles." in outcome.err
+
+
 def test_a_folder_of_something_else_is_refused(g4: RunG4, tmp_path: Path) -> None:
     assert "is neither a bundle nor a checkpoint." in g4("bench", tmp_path).err
 

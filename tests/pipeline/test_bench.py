@@ -99,7 +99,7 @@ def test_the_gate_fails_on_a_regression_only(g4: RunG4, measured: Path, tmp_path
     run = ("bench", demo_bundle(), *QUICK, "--repeats", "2")
     slow = g4(*run, "--baseline", change_medians(measured, tmp_path / "fast.json", 1000), "--fail-below", "5%")
     assert slow.code == 1
-    assert "warning: pp64 fell by 99.9%" in slow.err
+    assert "warning: pp64 fell by 99." in slow.err
     assert "Compared with the baseline:" in slow.out
     assert "this run has not measured" in slow.err
     fine = g4(*run, "--baseline", change_medians(measured, tmp_path / "slow.json", 0.001), "--json")
@@ -159,7 +159,10 @@ def test_a_bundle_refuses_what_only_a_checkpoint_takes(g4: RunG4) -> None:
     assert "is a bundle, whose --device, --ctx was fixed when it was exported." in outcome.err
     outcome = g4("bench", demo_bundle(), "--profile")
     assert (outcome.code, outcome.out) == (1, "")
-    assert "--profile looks into PyTorch, and a bundle runs outside of it." in outcome.err
+    assert "--profile looks into PyTorch, and the runner is outside of it." in outcome.err
+    outcome = g4("bench", demo_bundle(), "--engine", "torch")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "--engine torch runs compiled CUDA code" in outcome.err and "is for the cpu." in outcome.err
     assert "1,024" in g4("bench", demo_bundle(), "--depth", "1k").err
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemma4cli.benchmark.plan import make_plan
-from gemma4cli.benchmark.profile import GROUPS, Work, profile_steps, summarize
+from gemma4cli.benchmark.profile import GROUPS, Work, group_of_kernel, profile_steps, summarize
 from gemma4cli.benchmark.subject import CheckpointSubject
 from gemma4cli.errors import G4Error
 from tests.support.tiny import write_checkpoint
@@ -58,6 +58,17 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     attention = model.model.layers[0].self_attn
     assert attention.q_proj.forward.__func__ is torch.nn.Linear.forward
     assert attention.attend.__name__ == "attend_to_filled"
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [("matvec", "matvec"), ("matvec_int8_3", "matvec"), ("quantize_rows", "matvec"), ("matmul", "matvec"),
+     ("split", "attention"), ("combine_1", "attention"), ("attend", "attention"),
+     ("triton_red_fused__to_copy_mean_mul_pow_rsqrt_4", "norm"), ("triton_poi_fused_gelu_mul_2", "other"),
+     ("peak", "other"), ("Memcpy DtoH", "other"), ("triton_poi_fused_split_with_sizes_1", "other")],
+)  # fmt: skip
+def test_kernels_of_compiled_programs_are_told_apart_by_name(name: str, group: str) -> None:
+    assert group_of_kernel(name) == group
 
 
 def test_a_compiled_model_has_no_modules_to_tell_apart(tmp_path: Path) -> None:
