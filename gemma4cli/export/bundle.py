@@ -5,6 +5,7 @@
     *.ptd                 weights
     config.json, generation_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja
     g4.json               this module's manifest
+    receipt.json          measured quality, if it was: see receipt.py; not in the manifest
 
 The manifest holds no time and no absolute path: the same checkpoint and settings give the same bytes. Imports no torch.
 """

@@ -141,3 +141,18 @@ def test_a_file_in_the_way(workspace: Workspace) -> None:
     workspace.root.write_text("")
     with pytest.raises(G4Error, match="a file is in the way"):
         workspace.new_path("model", "demo")
+
+
+def test_what_can_be_run_is_found_under_any_kind_bundles_first(workspace: Workspace, said: list[str]) -> None:
+    model, checkpoint = make(workspace, "model", "demo"), make(workspace, "checkpoint", "demo-int4")
+    assert workspace.resolve_runnable("demo", said.append) == model
+    assert workspace.resolve_runnable("demo-int4", said.append) == checkpoint
+    bundle = make(workspace, "bundle", "demo")
+    assert workspace.resolve_runnable("demo", said.append) == bundle
+    assert workspace.resolve_runnable(model, said.append) == model
+    workspace.remember("bundle", bundle)
+    assert workspace.resolve_runnable(None, said.append) == bundle
+    assert len(said) == 1
+    with pytest.raises(G4Error, match="has no bundle of that name") as caught:
+        workspace.resolve_runnable("none", said.append)
+    assert caught.value.hint == "In the workspace: demo, demo-int4, demo."
