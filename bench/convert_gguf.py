@@ -2,10 +2,10 @@
 
     python bench/convert_gguf.py model.gguf --folder /tmp --runs 3 --out bench/results/convert-gguf.json
 
-Each conversion is a fresh `g4` process, start-up included; its peak memory is the operating system's own count. Before
-each step everything is written back to the disk, and the file has been read once, so that both find it cached (or
-neither does, when it is larger than memory). CPU seconds are reported too: on a machine that others use, wall times
-say little.
+Both end with the data on the disk (`cp && sync`; a conversion syncs every file). Each conversion is a fresh `g4` process,
+start-up included; its peak memory is the operating system's own count. The file has been read once, so that both find
+it cached (or neither does, when it is larger than memory). CPU seconds and the load average are reported too: on a
+machine that others use, wall times say little.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def measure(file: Path, folder: Path, runs: int) -> dict[str, object]:
     timed(["cat", file])
     try:
         for _ in range(runs):
-            samples["copy"].append(timed(["cp", "--reflink=never", file, copy]))
+            samples["copy"].append(timed(["sh", "-c", 'cp --reflink=never "$0" "$1" && sync "$1"', file, copy]))
             copy.unlink()
             samples["convert"].append({**timed(convert), "load_average": round(os.getloadavg()[0], 2)})
             manifest = json.loads((target / "g4.json").read_text())

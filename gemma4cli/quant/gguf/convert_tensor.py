@@ -93,6 +93,7 @@ def _each_slab(source: GGUFTensor, work: Callable[[int, int], None], pool: Threa
     row_bytes = source.nbytes // source.rows
 
     def share(start: int, stop: int) -> None:
+        source.prefetch(start, min(2 * stop - start, source.rows))  # this share and the next, in large requests
         for first, last in _pieces(start, stop, row_bytes, _SLAB_BYTES):
             work(first, last)
         source.drop_pages(start, stop)
