@@ -2,10 +2,10 @@
 
     python bench/convert_gguf.py model.gguf --folder /tmp --runs 3 --out bench/results/convert-gguf.json
 
-Both end with the data on the disk (`cp && sync`; a conversion syncs every file). Each conversion is a fresh `g4` process,
-start-up included; its peak memory is the operating system's own count. The file has been read once, so that both find
-it cached (or neither does, when it is larger than memory). CPU seconds and the load average are reported too: on a
-machine that others use, wall times say little.
+Both end with the data on the disk (`cp && sync`; a conversion syncs every file). Each conversion is a fresh `g4`
+process, start-up included; its peak memory is the operating system's own count. The file has been read once, so that
+both find it cached (or neither does, when it is larger than memory). CPU seconds and the load average are reported too:
+on a machine that others use, wall times say little.
 """
 
 from __future__ import annotations
