@@ -96,11 +96,11 @@ def draw_quality(console: Console, document: dict[str, Any]) -> None:
         f"in {document['reference']['dtype']}:"
     )
     rows = [
-        ("the original", f"{result['reference_perplexity']:.4f}", "", "", ""),
+        ("the original", f"{result['reference_perplexity']:.4f}", "", "", "", ""),
         _quality_row("this model", result),
         _quality_row("noise floor", floor),
     ]
-    console.table(("", "perplexity", "KL mean", "KL p99", "same top token"), rows, align="lrrrr")
+    console.table(("", "perplexity", "KL mean", "KL p99", "KL max", "same top token"), rows, align="lrrrrr")
     console.line(f"Noise floor: {floor['method']}.")
     if receipt := document.get("receipt"):
         console.line(f"Stored in {receipt}.")
@@ -109,7 +109,7 @@ def draw_quality(console: Console, document: dict[str, Any]) -> None:
 def _quality_row(name: str, numbers: dict[str, Any]) -> tuple[str, ...]:
     kl = numbers["kl"]
     agreement = f"{numbers['top1_agreement']:.2%}"
-    return name, f"{numbers['perplexity']:.4f}", f"{kl['mean']:.3g}", f"{kl['p99']:.3g}", agreement
+    return name, f"{numbers['perplexity']:.4f}", f"{kl['mean']:.3g}", f"{kl['p99']:.3g}", f"{kl['max']:.3g}", agreement
 
 
 def draw_profile(console: Console, document: Mapping[str, Any]) -> None:
