@@ -124,11 +124,11 @@ def export(
     is_quantized = _is_quantized(source)
     if is_quantized and recipe is not None:
         raise G4Error(f"{source} is quantized already.", hint="Leave --recipe away, or name the original model.")
-    if dry_run and source.is_file():
-        raise G4Error(f"{source} is a GGUF file.", hint=f"See first: g4 convert-gguf {source} --dry-run")
     if backend == "cpu" and target:
         raise G4Error("--target names GPU architectures.", hint="Leave it away, or use --backend cuda.", exit_code=2)
     backend = backend or ("cuda" if target or has_gpu() else "cpu")
+    if dry_run and source.is_file() and backend != "cuda":
+        raise G4Error(f"{source} is a GGUF file.", hint=f"See first: g4 convert-gguf {source} --dry-run")
     first = None if is_quantized else wanted
     name = "-".join(filter(None, (name_of(source), first and first.name, backend, _short(ctx))))
     bundle = output or workspace.folder("bundle") / name
@@ -140,7 +140,7 @@ def export(
 
     find_backend(backend)
     checkpoints, progress = workspace.folder("checkpoint"), console.progress()
-    if source.is_file():
+    if source.is_file() and backend != "cuda":  # weights for CUDA are packed straight from the file
         source = ensure_converted(source, checkpoints, progress)
     spec = ExportSpec(
         source,

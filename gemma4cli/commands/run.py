@@ -83,7 +83,7 @@ def run(
         Literal["runner", "eager", "torch"] | None,
         typer.Option(
             "--engine",
-            help="runner: a bundle in C++. torch: a CUDA bundle's compiled code in PyTorch. eager: a checkpoint in PyTorch.",
+            help="runner: a bundle in C++. torch: a CUDA bundle in PyTorch. eager: a checkpoint in PyTorch.",
             show_default="runner; eager for a GGUF file and with --model",
         ),
     ] = None,

@@ -91,7 +91,7 @@ class CompiledLibrary:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         self._call("RunSingleThreaded", self._container, given, ctypes.c_size_t(len(inputs)), made,
                    ctypes.c_size_t(outputs), stream, None)  # fmt: skip
-        return [torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(pointer)) for pointer in made]
+        return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(pointer) for pointer in made])
 
     def _constants(self) -> dict[str, str]:
         """Map the library's own name of each constant to its name in the weights file."""

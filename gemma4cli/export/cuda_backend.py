@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from gemma4cli.errors import G4Error
 from gemma4cli.export.bundle import KVRecord, MemoryRecord, program_file
-from gemma4cli.export.cuda.compile import compiled_program
+from gemma4cli.export.cuda.compile import compiled_libraries
 from gemma4cli.export.cuda.layers import KV_FORMATS
 from gemma4cli.export.cuda.model import Signature
-from gemma4cli.export.cuda.toolchain import check_toolchain
 from gemma4cli.export.cuda.weights import WeightEntry, planned_bytes, weight_entries, write_weights
 from gemma4cli.export.export import BackendPlan, Built, ExportRequest
 from gemma4cli.files import format_bytes
@@ -20,6 +18,7 @@ from gemma4cli.kernels.targets import TARGETS, get_target, target_for_capability
 from gemma4cli.model.config import FULL, SLIDING, Gemma4Config
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.progress import Progress
+from gemma4cli.quant.gguf.checkpoint import GGUFCheckpoint
 
 WEIGHTS_FILE = "weights.ptd"
 AUTO = "auto"
@@ -32,7 +31,7 @@ CONTEXT_BYTES = 550 << 20
 # Program bytes per layer and for everything else; measured over both methods.
 _PROGRAM_BYTES_PER_LAYER = 120 << 10
 _PROGRAM_BYTES_ELSE = 1 << 20
-# The exporting process: Python with torch, and some slabs of weights being packed. The compilers come before, beside it.
+# The exporting process: Python with torch, and some slabs of weights. The compilers come before it, in their own.
 _EXPORTER_BYTES = 2 << 30
 _COMPILERS_BYTES = 8 << 30
 
@@ -50,12 +49,13 @@ def plan(request: ExportRequest) -> BackendPlan:
 
 def build(request: ExportRequest, folder: Path, progress: Progress) -> Built:
     """Compile, or take from the cache, a program per target; then pack the weights, which they share."""
+    from gemma4cli.export.cuda.lower import assemble
+
     targets = _targets(request)
     signature = signature_of(request)
-    check_toolchain()
     for name in targets:
-        program = compiled_program(signature, request.contract, get_target(name), request.programs, progress)
-        shutil.copyfile(program.path, folder / program_file(name, targets))
+        libraries = compiled_libraries(signature, get_target(name), request.programs, progress)
+        (folder / program_file(name, targets)).write_bytes(assemble(libraries, signature, request.contract))
     write_weights(folder / WEIGHTS_FILE, signature, request.reader, progress)
     entries = weight_entries(signature)
     progress.note(f"KV cache {signature.kv_format}; {_fit(_memory(signature, entries))}")
@@ -68,13 +68,14 @@ def signature_of(request: ExportRequest) -> Signature:
     Raises: G4Error when the format does not fit into the memory that was named.
     """
     spec = CacheSpec(request.contract.context_length, request.contract.prefill_chunk, torch.bfloat16)
+    reader = request.reader.first_rows() if isinstance(request.reader, GGUFCheckpoint) else request.reader
     if request.kv != AUTO:
-        signature = Signature.of(request.reader, spec, request.kv)
+        signature = Signature.of(reader, spec, request.kv)
         if request.vram is not None:
             _require_fit(signature, request.vram)
         return signature
     vram = request.vram or _memory_here() or DEFAULT_VRAM
-    base = Signature.of(request.reader, spec, KV_FORMATS[0])
+    base = Signature.of(reader, spec, KV_FORMATS[0])
     for name in KV_FORMATS:
         signature = Signature(base.config, base.formats, base.cache, name)
         if _total(signature) <= vram:

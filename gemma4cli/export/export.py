@@ -6,8 +6,11 @@ the disk, copying the model's own files, hashes, manifest, atomicity) happens he
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +33,7 @@ from gemma4cli.model.config import Gemma4Config
 from gemma4cli.model.settings import GenerationDefaults
 from gemma4cli.progress import SILENT, Progress
 from gemma4cli.quant.checkpoint import Checkpoint, open_checkpoint
+from gemma4cli.quant.gguf.checkpoint import GGUFCheckpoint
 from gemma4cli.quant.manifest import identify_source
 from gemma4cli.quant.quantize import available_memory
 
@@ -135,13 +139,33 @@ def plan_export(spec: ExportSpec, reader: Checkpoint | None = None, progress: Pr
     Raises: G4Error when the backend, the context, the chunk or the checkpoint does not allow it.
     """
     backend = find_backend(spec.backend)
-    request = _request(spec, reader or open_checkpoint(spec.checkpoint, progress))
-    return _plan(spec, request, backend)
+    reader = reader or _open(spec, progress)
+    with _model_files(spec, reader) as files:
+        return _plan(spec, _request(spec, reader, files), backend, find_assets(files))
 
 
-def _plan(spec: ExportSpec, request: ExportRequest, backend: Backend) -> ExportPlan:
+def _open(spec: ExportSpec, progress: Progress) -> Checkpoint:
+    """Open a checkpoint; a GGUF file, too, where the backend packs weights straight from it."""
+    if spec.checkpoint.is_file():
+        return GGUFCheckpoint([spec.checkpoint])
+    return open_checkpoint(spec.checkpoint, progress)
+
+
+@contextlib.contextmanager
+def _model_files(spec: ExportSpec, reader: Checkpoint) -> Iterator[Path]:
+    """Yield the folder with the model's own small files, which a GGUF file holds as metadata."""
+    if not isinstance(reader, GGUFCheckpoint):
+        yield spec.checkpoint
+        return
+    with tempfile.TemporaryDirectory(prefix="g4-") as name:
+        for file, content in reader.assets.items():
+            (Path(name) / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        yield Path(name)
+
+
+def _plan(spec: ExportSpec, request: ExportRequest, backend: Backend, files: list[Path]) -> ExportPlan:
     plan = backend.plan(request)
-    assets = {path.name: path.stat().st_size for path in find_assets(spec.checkpoint)}
+    assets = {path.name: path.stat().st_size for path in files}
     existing = next(folder for folder in spec.target.absolute().parents if folder.exists())
     return ExportPlan(
         {**plan.files, **assets, MANIFEST_FILE: _MANIFEST_BYTES},
@@ -162,9 +186,15 @@ def export_bundle(spec: ExportSpec, progress: Progress = SILENT) -> BundleManife
     if spec.target.resolve() in (spec.checkpoint.resolve(), *spec.checkpoint.resolve().parents):
         raise G4Error(f"{spec.target} would replace the model that is being exported.", hint="Choose another --output.")
     backend = find_backend(spec.backend)
-    request = _request(spec, open_checkpoint(spec.checkpoint, progress))
-    assets = find_assets(spec.checkpoint)
-    plan = _plan(spec, request, backend)
+    reader = _open(spec, progress)
+    with _model_files(spec, reader) as files:
+        return _export(spec, _request(spec, reader, files), backend, find_assets(files), progress)
+
+
+def _export(
+    spec: ExportSpec, request: ExportRequest, backend: Backend, assets: list[Path], progress: Progress
+) -> BundleManifest:
+    plan = _plan(spec, request, backend, assets)
     require_free_space(spec.target.absolute().parent, plan.total_bytes, f"Exporting {spec.checkpoint.name}")
     model = _describe_model(request.reader, spec.checkpoint, progress)
     with atomic_directory(spec.target, force=spec.force) as folder:
@@ -188,8 +218,8 @@ def export_bundle(spec: ExportSpec, progress: Progress = SILENT) -> BundleManife
         )
 
 
-def _request(spec: ExportSpec, reader: Checkpoint) -> ExportRequest:
-    contract = make_contract(reader.config, GenerationDefaults.from_dir(spec.checkpoint), spec)
+def _request(spec: ExportSpec, reader: Checkpoint, files: Path) -> ExportRequest:
+    contract = make_contract(reader.config, GenerationDefaults.from_dir(files), spec)
     return ExportRequest(reader, contract, spec.low_memory, spec.targets, spec.kv, spec.vram, spec.programs)
 
 
@@ -237,12 +267,10 @@ def _describe_model(reader: Checkpoint, checkpoint: Path, progress: Progress) ->
     if reader.manifest is not None:
         head = reader.manifest.head
         return {"source": asdict(head.source), "recipe": head.recipe, "totals": asdict(head.totals)}
-    files = [*sorted(checkpoint.glob("*.safetensors")), *find_assets(checkpoint)]
-    return {
-        "source": asdict(identify_source("safetensors", checkpoint, files, progress)),
-        "recipe": None,
-        "totals": None,
-    }
+    is_gguf = checkpoint.is_file()
+    files = [checkpoint] if is_gguf else [*sorted(checkpoint.glob("*.safetensors")), *find_assets(checkpoint)]
+    source = identify_source("gguf" if is_gguf else "safetensors", checkpoint, files, progress)
+    return {"source": asdict(source), "recipe": None, "totals": None}
 
 
 def _created_with() -> dict[str, str]:

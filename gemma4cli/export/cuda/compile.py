@@ -1,9 +1,10 @@
-"""A CUDA program by its signature: from the cache, or compiled, one process per target and method.
+"""The compiled methods of a CUDA program by its signature: from the cache, or made, one process per target and method.
 
     python -m gemma4cli.export.cuda.compile FOLDER      what such a process runs; FOLDER holds its task
 
-The program depends on the signature, the target, this package's code and the compilers' versions, which together are
-its name in the cache. A second export, a fine-tune or another checkpoint of the same recipe compiles nothing.
+They depend on the signature, the target, this package's code and the compilers' versions, which together are their name
+in the cache. The versions are pinned: libraries from the cache serve where others are installed. A second export, a
+fine-tune or another checkpoint of the same recipe compiles nothing.
 """
 
 from __future__ import annotations
@@ -18,88 +19,104 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import gemma4cli
-from gemma4cli.export.contract import METHODS, Contract
+from gemma4cli.export.contract import METHODS
 from gemma4cli.export.cuda.model import Signature
-from gemma4cli.export.cuda.toolchain import environment_for
+from gemma4cli.export.cuda.toolchain import COMPILERS, check_toolchain, environment_for
 from gemma4cli.files import atomic_directory, read_json, write_json
 from gemma4cli.kernels.compile import KernelUsage
 from gemma4cli.kernels.targets import Target, get_target
 from gemma4cli.progress import SILENT, Progress
 
 _PACKAGE = Path(gemma4cli.__file__).parent
-# The folders whose code decides what a program is.
-_SOURCES = ("export", "kernels", "model")
-_COMPILERS = ("torch", "triton", "executorch")
+# The code that decides what a program is.
+_SOURCES = (
+    *("kernels/**/*.py", "model/*.py", "export/contract.py", "export/trace.py"),
+    *(f"export/cuda/{name}.py" for name in ("fake_gpu", "layers", "lower", "model", "toolchain")),
+)
 _BYTES_PER_COMPILER = 4 << 30  # measured for 60 layers, see docs/cuda-export.md
-_PROGRAM, _RECORD = "model.pte", "program.json"
+_RECORD = "libraries.json"
 
 
 @dataclass(frozen=True)
-class CompiledProgram:
-    """A program in the cache.
+class Library:
+    """One method, compiled.
 
     Attributes:
-        kernels: per method, what each kernel of the library needs of the GPU.
+        code: an ELF shared library that implements AOTInductor's C interface.
+        constants: the names of the tensors it wants, as in the weights file.
+        kernels: what each of its kernels needs of the GPU.
     """
 
-    path: Path
-    kernels: dict[str, dict[str, KernelUsage]]
+    code: bytes
+    constants: tuple[str, ...]
+    kernels: dict[str, KernelUsage]
 
 
-def compiled_program(
-    signature: Signature, contract: Contract, target: Target, cache: Path, progress: Progress = SILENT
-) -> CompiledProgram:
-    """Return the program for a target, compiling it if the cache has none.
+def compiled_libraries(
+    signature: Signature, target: Target, cache: Path, progress: Progress = SILENT
+) -> dict[str, Library]:
+    """Return the libraries of both methods for a target, compiling them if the cache has none.
 
     Args: cache: a folder for programs of all signatures; created as needed.
     Raises: G4Error when something needed for compiling is missing.
     """
-    identity = program_identity(signature, contract, target)
+    identity = program_identity(signature, target)
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / f"{target.name}-{name}"
     if not (folder / _RECORD).is_file():
-        from gemma4cli.export.cuda.lower import assemble
-
+        check_toolchain()
         cache.mkdir(parents=True, exist_ok=True)
         with progress.phase(f"compile for {target.name}", len(METHODS), "methods") as task:
             libraries = _compile_all(signature, target, cache, task)
         with atomic_directory(folder, force=True) as partial:
-            (partial / _PROGRAM).write_bytes(assemble(libraries, contract))
-            kernels = {
-                method: {kernel: asdict(usage) for kernel, usage in sorted(library.kernels.items())}
-                for method, library in libraries.items()
-            }
-            write_json(partial / _RECORD, {**identity, "kernels": kernels})
+            _write(partial, identity, libraries)
+    return _read(folder)
+
+
+def _write(folder: Path, identity: dict[str, Any], libraries: dict[str, Library]) -> None:
+    methods = {}
+    for method, library in libraries.items():
+        (folder / f"{method}.so").write_bytes(library.code)
+        kernels = {name: asdict(usage) for name, usage in sorted(library.kernels.items())}
+        methods[method] = {"constants": list(library.constants), "kernels": kernels}
+    write_json(folder / _RECORD, {**identity, "methods": methods})
+
+
+def _read(folder: Path) -> dict[str, Library]:
     record = read_json(folder / _RECORD)
-    kernels = {m: {k: KernelUsage(**u) for k, u in usages.items()} for m, usages in record["kernels"].items()}
-    return CompiledProgram(folder / _PROGRAM, kernels)
+    return {
+        method: Library(
+            (folder / f"{method}.so").read_bytes(),
+            tuple(facts["constants"]),
+            {name: KernelUsage(**usage) for name, usage in facts["kernels"].items()},
+        )
+        for method, facts in record["methods"].items()
+    }
 
 
-def program_identity(signature: Signature, contract: Contract, target: Target) -> dict[str, Any]:
-    """All that a program depends on, as JSON."""
+def program_identity(signature: Signature, target: Target) -> dict[str, Any]:
+    """All that the libraries depend on, as JSON."""
     return {
         "signature": signature.to_json(),
-        "contract": contract.to_json(),
         "target": target.name,
-        "compilers": {name: metadata.version(name).partition("+")[0] for name in _COMPILERS},
+        "compilers": COMPILERS,
         "code": _digest_of_sources(),
     }
 
 
 def _digest_of_sources() -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for folder in _SOURCES for path in (_PACKAGE / folder).rglob("*.py")):
+    for path in sorted(path for pattern in _SOURCES for path in _PACKAGE.glob(pattern)):
         digest.update(f"{path.relative_to(_PACKAGE)}\0{len(path.read_bytes())}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _compile_all(signature: Signature, target: Target, cache: Path, task: Any) -> dict[str, Any]:
+def _compile_all(signature: Signature, target: Target, cache: Path, task: Any) -> dict[str, Library]:
     """Compile the methods side by side where memory allows."""
     from gemma4cli.quant.quantize import available_memory
 
@@ -113,7 +130,7 @@ def _compile_all(signature: Signature, target: Target, cache: Path, task: Any) -
     return libraries
 
 
-def _compile_apart(signature: Signature, method: str, target: Target, cache: Path) -> Any:
+def _compile_apart(signature: Signature, method: str, target: Target, cache: Path) -> Library:
     """Compile in a process of its own: the libraries keep a target's facts for the life of a process."""
     with tempfile.TemporaryDirectory(dir=cache, prefix=".compile-") as name:
         scratch = Path(name)

@@ -19,9 +19,9 @@ from unittest import mock
 
 import torch
 import torch._dynamo.device_interface as device_interface
+import torch._higher_order_ops.triton_kernel_wrap as triton_kernel_wrap
 import torch._inductor.config as inductor_config
 import torch._inductor.fx_passes.misc_patterns as misc_patterns
-import torch._higher_order_ops.triton_kernel_wrap as triton_kernel_wrap
 import torch._inductor.utils as inductor_utils
 import torch.utils._triton as torch_triton
 import triton
@@ -37,7 +37,6 @@ from gemma4cli.kernels.compile import KernelUsage, resource_usage
 from gemma4cli.kernels.targets import Target
 
 CUDA_VERSION = "13.0"
-COMPILER_TORCH = "2.13"
 
 _REGISTERS_PER_SM = 65536
 _STATIC_SHARED_BYTES = 48 << 10

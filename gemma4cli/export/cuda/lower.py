@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +33,7 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive._package_weights import Weights
 
 from gemma4cli.export.contract import Contract
+from gemma4cli.export.cuda.compile import Library
 from gemma4cli.export.cuda.fake_gpu import fake_gpu
 from gemma4cli.export.cuda.model import CudaModel, Signature
 from gemma4cli.export.cuda.weights import WeightEntry, weight_entries
@@ -54,21 +54,6 @@ _OPTIONS = {
     "always_keep_tensor_constants": True,
     "joint_graph_constant_folding": False,
 }
-
-
-@dataclass(frozen=True)
-class Library:
-    """One method, compiled.
-
-    Attributes:
-        code: an ELF shared library that implements AOTInductor's C interface.
-        constants: the tensors it wants, by the names they have in the weights file.
-        kernels: what each of its kernels needs of the GPU.
-    """
-
-    code: bytes
-    constants: tuple[WeightEntry, ...]
-    kernels: dict[str, KernelUsage]
 
 
 def trace(signature: Signature, method: str) -> ExportedProgram:
@@ -129,7 +114,7 @@ def _compile(
         if tuple(properties.shape) != known[name].shape or properties.offset or not tensor.is_contiguous():
             raise RuntimeError(f"{method} wants {name} in another layout than the weights file has it")
     _strip(path)
-    return Library(path.read_bytes(), tuple(known[name] for name in sorted(weights)), dict(usage))
+    return Library(path.read_bytes(), tuple(sorted(weights)), dict(usage))
 
 
 def _move_to_gpu(program: ExportedProgram) -> None:
@@ -168,13 +153,14 @@ def _strip(library: Path) -> None:
     subprocess.run(["strip", "-s", *sections, str(library)], check=True, capture_output=True)
 
 
-def assemble(libraries: Mapping[str, Library], contract: Contract) -> bytes:
+def assemble(libraries: Mapping[str, Library], signature: Signature, contract: Contract) -> bytes:
     """Write the ExecuTorch program that calls the libraries: what is stored as `model.pte`.
 
     The libraries travel inside; weights are looked up by name in the `.ptd`, where both methods find the same.
     """
     store = NamedDataStore()
-    results = {name: _preprocess_result(library, store) for name, library in libraries.items()}
+    known = {entry.fqn: entry for entry in weight_entries(signature)}
+    results = {name: _preprocess_result(library, known, store) for name, library in libraries.items()}
 
     def preprocess_multimethod(programs: Any, specs: Any) -> dict[str, list[PreprocessResult]]:
         output = store.get_named_data_store_output()
@@ -229,7 +215,7 @@ class _Signature(nn.Module):
         return token, logits
 
 
-def _preprocess_result(library: Library, store: NamedDataStore) -> PreprocessResult:
+def _preprocess_result(library: Library, known: Mapping[str, WeightEntry], store: NamedDataStore) -> PreprocessResult:
     key = hashlib.sha256(library.code).hexdigest() + "_so_blob"
     store.add_named_data(key, library.code, 1, None)
     entries = [
@@ -243,7 +229,7 @@ def _preprocess_result(library: Library, store: NamedDataStore) -> PreprocessRes
             entry.shape,
             _strides(entry.shape),
         )
-        for entry in library.constants
+        for entry in (known[name] for name in library.constants)
     ]
     return PreprocessResult(encode_cuda_weight_metadata(key, entries), {}, None)
 

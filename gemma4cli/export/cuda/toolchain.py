@@ -12,30 +12,35 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from gemma4cli.errors import G4Error
-from gemma4cli.export.cuda.fake_gpu import COMPILER_TORCH
 
 # What AOTInductor's wrappers call of the driver; without a symbol that is used, the linker would drop the library.
 _DRIVER_FUNCTIONS = (
     "cuFuncGetAttribute", "cuFuncSetAttribute", "cuGetErrorString", "cuLaunchKernel", "cuLaunchKernelEx",
     "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload", "cuTensorMapEncodeTiled",
 )  # fmt: skip
+COMPILERS = {"torch": "2.13", "triton": "3.7", "executorch": "1.5.1"}
+"""What programs are compiled with: other versions give other bytes, and other internals than `fake_gpu` answers to."""
+
 _HEADER = Path("include/cuda.h")
 _HEADERS_HINT = "Install them with pip install 'cuda-toolkit[cudart,cccl,crt,nvcc]==13.0.3', or set CUDA_HOME."
 
 
 def check_toolchain(environment: Mapping[str, str] = os.environ) -> None:
     """Find all that is needed before minutes are spent. Raises: G4Error naming what is missing and its package."""
-    if not torch.__version__.startswith(COMPILER_TORCH + "."):
-        raise G4Error(
-            f"Compiling for CUDA needs torch {COMPILER_TORCH}; here is {torch.__version__}.",
-            hint="Export in an environment of its own: pip install torch==2.13.0 (the CPU build suffices). "
-            "The bundle runs with any torch, or with none.",
-        )
+    for package, wanted in COMPILERS.items():
+        found = metadata.version(package)
+        if not f"{found}.".startswith(f"{wanted}."):
+            raise G4Error(
+                f"Compiling for CUDA needs {package} {wanted}; here is {found}.",
+                hint=f"Export in an environment of its own with {package}=={wanted}.* (torch from its CPU build). "
+                "The bundle runs with any torch, or with none.",
+            )
     for tool, package in (("g++", "g++"), ("ld", "binutils"), ("objcopy", "binutils"), ("strip", "binutils")):
         if shutil.which(tool, path=environment.get("PATH")) is None:
             raise G4Error(f"Compiling for CUDA needs {tool}, which is not installed.", hint=f"apt install {package}")
