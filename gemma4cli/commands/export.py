@@ -107,6 +107,10 @@ def export(
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Keep converted weights on disk while exporting; slower.")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="CUDA: run the program on this machine's GPU and compare it with the model."),
+    ] = False,
     output: OutputOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
@@ -129,6 +133,12 @@ def export(
     backend = backend or ("cuda" if target or has_gpu() else "cpu")
     if dry_run and source.is_file() and backend != "cuda":
         raise G4Error(f"{source} is a GGUF file.", hint=f"See first: g4 convert-gguf {source} --dry-run")
+    if verify and backend != "cuda":
+        raise G4Error("--verify checks compiled CUDA code.", hint="Leave it away, or name a --target.", exit_code=2)
+    if verify and not has_gpu():
+        raise G4Error(
+            "--verify needs a GPU, and this machine has none.", hint="Export without it, verify where one is."
+        )
     first = None if is_quantized else wanted
     name = "-".join(filter(None, (name_of(source), first and first.name, backend, _short(ctx))))
     bundle = output or workspace.folder("bundle") / name
@@ -154,6 +164,7 @@ def export(
         kv=kv,
         vram=vram,
         programs=workspace.root / "programs",
+        verify=verify,
     )
     # Refuses what cannot work before anything is quantized.
     quantization = plan_quantization(source, first) if first else None
@@ -235,6 +246,7 @@ def _report(console: Console, manifest: BundleManifest, target: Path) -> None:
         "prefill_chunk": manifest.contract.prefill_chunk,
         "total_bytes": sum(record.bytes for record in manifest.files.values()),
         "run_memory_bytes": manifest.memory.total_bytes,
+        "verified": manifest.verified,
         "reencoded": len(manifest.reencoded),
         "worst": [{"name": name, **vars(manifest.reencoded[name])} for name in worst],
     }
@@ -243,6 +255,11 @@ def _report(console: Console, manifest: BundleManifest, target: Path) -> None:
         console.line(str(target))
         for what, value in describe(manifest):
             console.line(f"{what + ':':18} {value}")
+        if checked := manifest.verified:
+            console.line(
+                f"{'verified:':18} {checked['equal_tokens']} of {checked['decoded_tokens']} tokens equal after "
+                f"{checked['prefilled_tokens']:,}, worst cosine {checked['worst_cosine']:.6f}"
+            )
         if worst:
             console.line(f"{len(worst)} of {len(manifest.reencoded)} matrices that had to change, relative errors:")
             rows = [(r["name"], r["stored"], r["becomes"], f"{r['relative_error']:.4f}") for r in document["worst"]]

@@ -169,6 +169,15 @@ class CompiledEngine(Engine):
         return self.contract.context_length
 
     @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Everything the libraries read that is no cache, on the device, by its name in the weights file."""
+        return self._weights
+
+    @property
     def load_s(self) -> float:
         """Seconds it took to load the bundle."""
         return self._load_s

@@ -80,6 +80,7 @@ class BundleManifest:
 
     model: the checkpoint's own account of itself: `source`, `recipe` (None when it is not quantized), `totals`.
     targets: what the program runs on: "cpu", or GPU architectures such as "sm_90".
+    verified: how the program compared with the uncompiled model on a GPU (export/cuda/verify.py), if it was.
     kv, reencoded, files: keyed by layer kind, tensor name and file name.
     """
 
@@ -92,6 +93,7 @@ class BundleManifest:
     memory: MemoryRecord
     reencoded: dict[str, ReencodedRecord] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
+    verified: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -107,6 +109,7 @@ class BundleManifest:
             "kv": {kind: asdict(record) for kind, record in self.kv.items()},
             "memory": asdict(self.memory),
             "reencoded": {name: asdict(record) for name, record in self.reencoded.items()},
+            "verified": self.verified,
             "files": {name: asdict(record) for name, record in self.files.items()},
         }
 
@@ -135,6 +138,7 @@ class BundleManifest:
                 memory=MemoryRecord(**document["memory"]),
                 reencoded=_records(ReencodedRecord, document["reencoded"]),
                 files=_records(FileRecord, document["files"]),
+                verified=document.get("verified"),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise G4Error(f"{where} is damaged: {error}.", hint=_AGAIN) from None

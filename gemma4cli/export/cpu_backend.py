@@ -8,9 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from gemma4cli.errors import G4Error
 from gemma4cli.export.bundle import PROGRAM_FILE, KVRecord, MemoryRecord, ReencodedRecord
 from gemma4cli.export.contract import Contract
 from gemma4cli.export.cpu import EMBEDDING, LM_HEAD, build_cpu_model
@@ -66,6 +68,11 @@ def build(request: ExportRequest, folder: Path, progress: Progress) -> Built:
         _memory(config, contract, (folder / WEIGHTS_FILE).stat().st_size),
         {name: ReencodedRecord(**asdict(change)) for name, change in model.changes.items()},
     )
+
+
+def verify(request: ExportRequest, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Refuse: nothing is compiled for a CPU that could differ from what was traced."""
+    raise G4Error("--verify runs compiled CUDA code; this bundle is for the CPU.", hint="Leave --verify away.")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,6 +61,13 @@ def build(request: ExportRequest, folder: Path, progress: Progress) -> Built:
     entries = weight_entries(signature)
     progress.note(f"KV cache {signature.kv_format}; {_fit(_memory(signature, entries))}")
     return Built(targets, _kv_records(signature, entries), _memory(signature, entries))
+
+
+def verify(request: ExportRequest, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Run a finished bundle beside the uncompiled model on the GPU at hand; see cuda/verify.py."""
+    from gemma4cli.export.cuda.verify import verify_bundle
+
+    return verify_bundle(folder, signature_of(request), progress).to_json()
 
 
 def signature_of(request: ExportRequest) -> Signature:

@@ -11,7 +11,7 @@ import importlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from gemma4cli.export.bundle import (
     write_manifest,
 )
 from gemma4cli.export.contract import MIN_PREFILL_TOKENS, Contract
-from gemma4cli.files import atomic_directory, require_absent, require_free_space
+from gemma4cli.files import atomic_directory, require_absent, require_free_space, write_json
 from gemma4cli.model.config import Gemma4Config
 from gemma4cli.model.settings import GenerationDefaults
 from gemma4cli.progress import SILENT, Progress
@@ -53,6 +53,7 @@ class ExportSpec:
     targets: GPU architectures; none means that of the GPU at hand, else all.
     kv: the format of the full layers' caches, or "auto": the most exact that fits into `vram` bytes.
     programs: where compiled programs are kept for the next export.
+    verify: run the program on the GPU at hand and compare it with the uncompiled model before the bundle counts.
     """
 
     checkpoint: Path
@@ -66,6 +67,7 @@ class ExportSpec:
     kv: str = "auto"
     vram: int | None = None
     programs: Path = Path("programs")
+    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,12 @@ class Backend(Protocol):
 
     def build(self, request: ExportRequest, folder: Path, progress: Progress) -> Built:
         """Write `model.pte` and its `.ptd` files into `folder`."""
+
+    def verify(self, request: ExportRequest, folder: Path, progress: Progress) -> dict[str, Any]:
+        """Run a finished bundle beside the uncompiled model; returns how close they were.
+
+        Raises: G4Error when they are not, or when this cannot be done here.
+        """
 
 
 @dataclass(frozen=True)
@@ -201,7 +209,7 @@ def _export(
         built = backend.build(request, folder, progress)
         for asset in assets:
             shutil.copyfile(asset, folder / asset.name)
-        return write_manifest(
+        manifest = write_manifest(
             folder,
             lambda files: BundleManifest(
                 created_with=_created_with(),
@@ -216,6 +224,10 @@ def _export(
             ),
             progress,
         )
+        if spec.verify:
+            manifest = replace(manifest, verified=backend.verify(request, folder, progress))
+            write_json(folder / MANIFEST_FILE, manifest.to_json())
+        return manifest
 
 
 def _request(spec: ExportSpec, reader: Checkpoint, files: Path) -> ExportRequest:

@@ -38,7 +38,7 @@ def check_toolchain(environment: Mapping[str, str] = os.environ) -> None:
         if not f"{found}.".startswith(f"{wanted}."):
             raise G4Error(
                 f"Compiling for CUDA needs {package} {wanted}; here is {found}.",
-                hint=f"Export in an environment of its own with {package}=={wanted}.* (torch from its CPU build). "
+                hint=f"Export in an environment with {package}=={wanted}.* (a CPU build of torch is enough). "
                 "The bundle runs with any torch, or with none.",
             )
     for tool, package in (("g++", "g++"), ("ld", "binutils"), ("objcopy", "binutils"), ("strip", "binutils")):
