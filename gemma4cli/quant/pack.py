@@ -7,6 +7,7 @@ What a matrix was made by (min-max, HQQ, a GGUF type) no longer matters afterwar
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gemma4cli.errors import G4Error
@@ -49,7 +50,10 @@ def pack_weight(tensor: Tensor, name: str, has_min: bool | None = None) -> Packe
 
 def packed_format(tensor: Tensor, name: str) -> WeightFormat:
     """Return the format ``pack_weight`` gives; of a matrix's codes one row is read."""
-    return pack_weight(tensor[:1], name, _has_min(tensor)).format
+    row = tensor[:1]
+    if tensor.is_meta and hasattr(row, "_apply_fn_to_data"):
+        row = row._apply_fn_to_data(lambda part: torch.zeros(part.shape, dtype=part.dtype))
+    return pack_weight(row, name, _has_min(tensor)).format
 
 
 def _has_min(tensor: Tensor) -> bool:
@@ -58,6 +62,8 @@ def _has_min(tensor: Tensor) -> bool:
     """
     if isinstance(tensor, GGUFInt4Tensor | GGUFIntxTensor):
         return tensor.has_min
+    if tensor.is_meta:  # planning ahead: nothing is known of the values, and 4 bits are seldom symmetric
+        return isinstance(tensor, Int4Tensor)
     if isinstance(tensor, Int4Tensor):
         return bool((tensor.zero_point != 8).any())
     return isinstance(tensor, IntxUnpackedToInt8Tensor) and bool(tensor.zero_point.any())

@@ -64,7 +64,7 @@ def run_g4(*arguments: str | Path, home: Path) -> Run:
 @cache
 def demo_bundle() -> Path:
     """Export the demo model with the default recipe and a context of 1,024 tokens, quantizing it on the way."""
-    return _made("demo", lambda home: run_g4("export", DEMO_MODEL, "--ctx", "1k", "--json", home=home))
+    return made("demo", lambda home: run_g4("export", DEMO_MODEL, "--ctx", "1k", "--json", home=home))
 
 
 def demo_checkpoint() -> Path:
@@ -75,13 +75,13 @@ def demo_checkpoint() -> Path:
 @cache
 def tiny_checkpoint() -> Path:
     """A plain random checkpoint of two layers."""
-    return tiny.write_checkpoint(_home("tiny-model") / "models" / "tiny", **TINY)
+    return tiny.write_checkpoint(home_of("tiny-model") / "models" / "tiny", **TINY)
 
 
 @cache
 def tiny_bundle(recipe: str) -> Path:
     """Export `tiny_checkpoint` by a recipe ("none" keeps float32) with TINY_CONTEXT and TINY_CHUNK."""
-    return _made(f"tiny-{recipe}", lambda home: run_g4(*tiny_export(recipe), home=home))
+    return made(f"tiny-{recipe}", lambda home: run_g4(*tiny_export(recipe), home=home))
 
 
 def tiny_export(recipe: str) -> list[str | Path]:
@@ -95,8 +95,8 @@ def run_of(bundle: Path) -> Run:
     return Run(**json.loads((bundle.parents[1] / "run.json").read_text()))
 
 
-def _made(name: str, export: Callable[[Path], Run]) -> Path:
-    home = _home(name)
+def made(name: str, export: Callable[[Path], Run]) -> Path:
+    home = home_of(name)
     with open(home.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (home / "run.json").exists():
@@ -106,7 +106,7 @@ def _made(name: str, export: Callable[[Path], Run]) -> Path:
         return Path(json.loads(Run(**json.loads((home / "run.json").read_text())).stdout)["bundle"])
 
 
-def _home(name: str) -> Path:
+def home_of(name: str) -> Path:
     home = _BUILD / f"exports-{_fingerprint()}" / name
     home.mkdir(parents=True, exist_ok=True)
     return home
@@ -115,7 +115,8 @@ def _home(name: str) -> Path:
 @cache
 def _fingerprint() -> str:
     digest = hashlib.sha256()
-    rooms = ("export", "quant", "model", "kernels/cpu_attention", "kernels/cpu_sampling")
+    kernels = sorted(path for path in (PACKAGE / "kernels").iterdir() if path.is_dir())
+    rooms = ("export", "export/cuda", "quant", "model", "kernels", *(f"kernels/{path.name}" for path in kernels))
     sources = [path for room in rooms for path in sorted((PACKAGE / room).glob("*.py"))]
     sources += [
         DEMO_MODEL / "model.safetensors",

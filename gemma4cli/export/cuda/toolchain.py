@@ -28,7 +28,7 @@ COMPILERS = {"torch": "2.13", "triton": "3.7", "executorch": "1.5.1"}
 """What programs are compiled with: other versions give other bytes, and other internals than `fake_gpu` answers to."""
 
 _HEADER = Path("include/cuda.h")
-_HEADERS_HINT = "Install them with pip install 'cuda-toolkit[cudart,cccl,crt,nvcc]==13.0.3', or set CUDA_HOME."
+_HEADERS_HINT = "Install them with pip install 'gemma4cli[cuda]', or set CUDA_HOME."
 
 
 def check_toolchain(environment: Mapping[str, str] = os.environ) -> None:
@@ -65,7 +65,8 @@ def environment_for(scratch: Path, environment: Mapping[str, str] = os.environ) 
     check_toolchain(environment)
     headers = Path(torch.__file__).parent
     compiler = scratch / "c++"
-    maps = shlex.join(f"-ffile-prefix-map={folder}=." for folder in (scratch, headers))
+    folders = (scratch, headers, find_cuda_home(environment))
+    maps = shlex.join(f"-ffile-prefix-map={folder}=." for folder in folders)
     compiler.write_text(f'#!/bin/sh\nexec g++ {maps} "$@"\n')
     compiler.chmod(0o755)
     # The driver's library comes with the driver; to link against it, its name and those of its functions are enough.
