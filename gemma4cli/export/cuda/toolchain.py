@@ -27,6 +27,16 @@ _DRIVER_FUNCTIONS = (
 COMPILERS = {"torch": "2.13", "triton": "3.7", "executorch": "1.5.1"}
 """What programs are compiled with: other versions give other bytes, and other internals than `fake_gpu` answers to."""
 
+# Sources lie in folders with random names and are named by a hash of that; only what they are goes into the code.
+_COMPILER = """\
+#!/bin/sh
+for argument; do
+  case $argument in
+    *.cpp) name=${{argument##*/}}; sources="$sources -ffile-prefix-map=$argument=${{name#*.}}" ;;
+  esac
+done
+exec g++ {maps} $sources "$@"
+"""
 _HEADER = Path("include/cuda.h")
 _HEADERS_HINT = "Install them with pip install 'gemma4cli[cuda]', or set CUDA_HOME."
 
@@ -67,7 +77,7 @@ def environment_for(scratch: Path, environment: Mapping[str, str] = os.environ) 
     compiler = scratch / "c++"
     folders = (scratch, headers, find_cuda_home(environment))
     maps = shlex.join(f"-ffile-prefix-map={folder}=." for folder in folders)
-    compiler.write_text(f'#!/bin/sh\nexec g++ {maps} "$@"\n')
+    compiler.write_text(_COMPILER.format(maps=maps))
     compiler.chmod(0o755)
     # The driver's library comes with the driver; to link against it, its name and those of its functions are enough.
     stub = scratch / "libcuda.so"
