@@ -32,7 +32,7 @@ demo: setup
 
 # One thread per process: two test processes share two cores without fighting for them.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
