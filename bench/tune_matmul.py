@@ -80,8 +80,7 @@ def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large device copy (launched, not captured: a graph copies by DMA engine).
-    """
+    """Bytes read and written per second by a large device copy (launched, not captured: a graph copies by DMA engine)."""
     a = torch.empty(2**30, dtype=torch.int32, device="cuda")
     b = torch.empty_like(a)
     samples = []
@@ -171,7 +170,7 @@ def tune_matmul(name: str, fmt_name: str, tokens: int, deadline: float) -> dict 
     w = random_weight(fmt, n, k)
     x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
     dense = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-    cublas_us = graph_time_us(lambda i: torch.matmul(x, dense.T), 1)
+    cublas_us = graph_time_us(lambda i: torch.matmul(x, dense.T), 1)  # noqa: F821
     del dense
     probe = PackedWeight(
         fmt, (64, k), w.codes[-64:], None if w.high is None else w.high[-64:], w.sub[-64:], w.step[-64:]

@@ -149,9 +149,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     positions = torch.arange(30, 33)
     for scale in (1e-4, 300.0):
         result = method.execute([q * scale, k, v, positions])[0]
-        torch.testing.assert_close(
-            result, attention_reference(q * scale, k, v, positions, 8), atol=2e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(result, attention_reference(q * scale, k, v, positions, 8), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]])

@@ -36,7 +36,7 @@ def compiled() -> Iterator[Sampler]:
         edge = to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
         buffer = edge.to_executorch().buffer  # read in place: it must live as long as the module
     module = _load_for_executorch_from_buffer(buffer)
-    yield lambda *inputs: module.forward(inputs)[0]
+    yield lambda *inputs: module.forward(inputs)[0]  # noqa: F821
     del module, buffer
 
 

@@ -75,7 +75,9 @@ def test_without_nvml_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Gpu.open(said.append) is None
-    assert said == ["nvidia-ml-py is not installed: no GPU clocks, temperature, energy (pip install 'gemma4cli[nvml]')."]
+    assert said == [
+        "nvidia-ml-py is not installed: no GPU clocks, temperature, energy (pip install 'gemma4cli[nvml]')."
+    ]
     said.clear()
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlInit=None))
     assert Gpu.open(said.append) is None

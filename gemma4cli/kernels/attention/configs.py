@@ -1,6 +1,6 @@
 """Launch configurations of the attention kernels, per target, head size and kind of cache.
 
-sm_90 for heads of 512 is recorded from bench/tune_attention.py on an H200 (bench/results/attention-h200.json), the fastest
+sm_90 for heads of 512 is recorded from bench/tune_attention.py on an H200 (bench/results/attention-h200.json), fastest
 of those that do not spill registers. Everything else is not measured: chosen to fit the target's shared memory without
 spills (tests/kernels/test_attention.py compiles every entry and holds it to that).
 """

@@ -136,7 +136,7 @@ def split(
 
 @triton.jit
 def combine(partial_ptr, top_ptr, total_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Merge the shares of head `program_id(0)`: out [H, D] = sum partial * e^(top - max) / sum total * e^(top - max)."""
+    """Merge the shares of head `program_id(0)`: out [H, D] = sum partial e^(top - max) / sum total e^(top - max)."""
     head = tl.program_id(0).to(tl.int64)
     share = tl.arange(0, SPLITS)
     top = tl.load(top_ptr + head * SPLITS + share)

@@ -35,7 +35,7 @@ def normal_codebook() -> Tensor:
 
 
 def random_rotation(size: int, seed: int) -> Tensor:
-    """Return an orthogonal matrix [size, size] float32, uniformly distributed, the same for the same seed everywhere."""
+    """Return an orthogonal matrix [size, size] float32, uniformly distributed, the same everywhere for a seed."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)

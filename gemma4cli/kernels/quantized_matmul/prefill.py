@@ -65,7 +65,7 @@ def matmul(
     GROUP_M: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """y [M, N] = x [M, K] times the weight [N, K] transposed; the words of codes and high are read as bytes (format.py).
+    """y [M, N] = x [M, K] times the weight [N, K] transposed; words of codes and high are read as bytes (format.py).
 
     DOT is the type of the product's operands: bfloat16, or float32 under Triton's interpreter, whose bf16 product is
     wrong.

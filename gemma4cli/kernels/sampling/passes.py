@@ -15,7 +15,6 @@ token, so equal inputs give equal bits. Nothing is read on the host; a pass that
 Where the address of a store depends on a pointer's contents, the load stands in the kernel itself, not in a helper:
 PyTorch's analysis of what a kernel writes follows addresses into calls, and would copy an input that it finds there.
 """
-# ruff: noqa: ANN001, ANN201, ANN202, SIM108 - Triton's arguments have no Python types, and its `if`s are compiled
 
 from __future__ import annotations
 
