@@ -80,7 +80,7 @@ def cpu_seconds(command: list[str]) -> tuple[float, str]:
 
 @pytest.mark.parametrize("arguments", [[], *([name_of(module)] for module in COMMANDS)])
 def test_help_is_fast_and_imports_nothing_heavy(arguments: list[str]) -> None:
-    """Below 0.3 s; where a busy machine slows everything, less than three times what importing Typer takes."""
+    """Below 0.3 s; where a busy machine slows everything, less than four times what importing Typer takes."""
     probe = (
         "import sys; from gemma4cli.cli import main; code = main(sys.argv[1:]); "
         f"print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
@@ -95,7 +95,7 @@ def test_help_is_fast_and_imports_nothing_heavy(arguments: list[str]) -> None:
         theirs.append(cpu_seconds([sys.executable, "-c", "import typer"])[0])
     else:
         ours, theirs = median(ours), median(theirs)
-        assert ours < 3 * theirs, f"{ours:.3f} s of CPU; typer alone takes {theirs:.3f} s"
+        assert ours < 4 * theirs, f"{ours:.3f} s of CPU; typer alone takes {theirs:.3f} s"
 
 
 def test_version_names_every_part(g4: RunG4) -> None:
