@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from gemma4cli.engine.base import (
     FinishReason,
@@ -121,7 +122,10 @@ def answer(
 
 def peak_host_bytes() -> int:
     """Return the most memory this process has held so far."""
+    if sys.platform == "linux":
+        # Not getrusage, whose maximum a process inherits from the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
