@@ -13,20 +13,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from gemma4cli.bulk_file import PAGE, BulkFile
 from gemma4cli.errors import G4Error
 from gemma4cli.files import require_free_space
 
-ALIGNMENT = 4096
+ALIGNMENT = PAGE
 _FLATBUFFER_ALIGNMENT = 16
-# Dirty pages that may wait before the disk is set to work; it then writes while the next tensors are made.
-_FLUSH_BYTES = 256 << 20
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -111,46 +109,13 @@ def _aligned(position: int, alignment: int) -> int:
 class DataWriter:
     """Bytes into a file that is being made; safe to use from several threads."""
 
-    def __init__(self, handle: int, layout: DataLayout) -> None:
+    def __init__(self, file: BulkFile, layout: DataLayout) -> None:
         self.layout = layout
-        self._handle = handle
-        self._pending = 0
-        self._lock = threading.Lock()
-        self._flusher: threading.Thread | None = None
-        self._failure: OSError | None = None
+        self._file = file
 
     def write(self, key: str, start: int, data: memoryview) -> None:
         """Write bytes of the tensor `key` from its byte `start` on."""
-        offset = self.layout.offsets[key] + start
-        count = len(data)
-        # One call writes at most 2 GiB, and less when the disk fills up.
-        while data:
-            written = os.pwrite(self._handle, data, offset)
-            data, offset = data[written:], offset + written
-        self._flush_sometimes(count)
-
-    def finish(self) -> None:
-        """Wait until everything is on the disk."""
-        if self._flusher is not None:
-            self._flusher.join()
-        if self._failure is not None:
-            raise self._failure
-        os.fsync(self._handle)
-
-    def _flush_sometimes(self, count: int) -> None:
-        with self._lock:
-            self._pending += count
-            if self._pending < _FLUSH_BYTES or (self._flusher is not None and self._flusher.is_alive()):
-                return
-            self._pending = 0
-            self._flusher = threading.Thread(target=self._flush, daemon=True)
-            self._flusher.start()
-
-    def _flush(self) -> None:
-        try:
-            os.fdatasync(self._handle)
-        except OSError as error:  # the system reports it once
-            self._failure = error
+        self._file.write(data, self.layout.offsets[key] + start)
 
 
 @contextlib.contextmanager
@@ -162,15 +127,10 @@ def writing(path: Path, layout: DataLayout) -> Iterator[DataWriter]:
     require_free_space(path.parent, layout.written_bytes, f"Writing {path.name}")
     partial = path.with_name(f".{path.name}.partial")
     try:
-        handle = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
-        try:
-            os.truncate(handle, layout.file_bytes)
-            os.pwrite(handle, layout.header, 0)
-            writer = DataWriter(handle, layout)
-            yield writer
-            writer.finish()
-        finally:
-            os.close(handle)
+        with BulkFile(partial, layout.file_bytes) as file:
+            file.write(memoryview(layout.header), 0)
+            yield DataWriter(file, layout)
+            file.finish()
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +44,8 @@ from gemma4cli.quant.torchao_format import is_quantized_folder
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 4_000_000_000
 ALWAYS_VERIFIED_BYTES = 1 << 30
+# Enough to keep a disk busy while one of them copies.
+_WRITING_THREADS = 3
 
 _GGUF_MAGIC = b"GGUF"
 _AGAIN = "Quantize again, or copy the folder again."
@@ -176,11 +178,11 @@ def write_checkpoint(
     force: bool = False,
     progress: Progress = SILENT,
     label: str = "quantize",
-    record: Callable[[Path], FileRecord] = FileRecord.of,
+    fast: bool = False,
 ) -> CheckpointManifest:
     """Write a quantized checkpoint, one tensor in memory at a time; nothing is at `target` before all of it is there.
 
-    `record` checksums a finished shard.
+    Args: fast: as for ``ShardWriter``.
 
     A run that was killed leaves its finished shards in `.<name>.partial`, listed in a manifest; the next run with the
     same source, recipe and library versions keeps them, and any other run starts over and says so.
@@ -191,12 +193,18 @@ def write_checkpoint(
         finished = _finished_shards(folder, plan, head, progress)
         pending = [shard for shard in plan.shards if shard.file not in finished.files]
         require_space(target, plan)
-        book = _Book(folder, plan, finished, record)
+        book = _Book(folder, plan, finished)
         # Making a shard durable and hashing it takes as long as writing it; the next ones are written meanwhile.
-        with progress.phase(label, sum(shard.data_bytes for shard in pending)) as task, ThreadPoolExecutor(2) as clerks:
+        with (
+            progress.phase(label, sum(shard.data_bytes for shard in pending)) as task,
+            ThreadPoolExecutor(_WRITING_THREADS) as pool,
+            ThreadPoolExecutor(2) as clerks,
+        ):
             entries = []
             for shard in pending:
-                writer, records = _write_shard(folder, shard, produce, task)
+                with _explained(folder / shard.file):
+                    writer = ShardWriter(folder, shard, pool, fast=fast)
+                records = _fill(writer, folder / shard.file, shard.tensors, produce, task)
                 entries.append(clerks.submit(book.enter, writer, shard, records))
             for entry in entries:
                 entry.result()
@@ -206,18 +214,15 @@ def write_checkpoint(
 class _Book:
     """The manifest on disk of a run that is under way."""
 
-    def __init__(
-        self, folder: Path, plan: CheckpointPlan, manifest: CheckpointManifest, record: Callable[[Path], FileRecord]
-    ) -> None:
+    def __init__(self, folder: Path, plan: CheckpointPlan, manifest: CheckpointManifest) -> None:
         self.manifest = manifest
-        self._folder, self._plan, self._record = folder, plan, record
+        self._folder, self._plan = folder, plan
         self._lock = Lock()
 
     def enter(self, writer: ShardWriter, shard: ShardPlan, records: Mapping[str, TensorRecord]) -> None:
         """Finish a shard and add it; from then on a later run keeps it."""
         with writer, _explained(self._folder / shard.file):
-            file = writer.finish()
-        record = self._record(file)
+            record = writer.finish()
         with self._lock, _explained(self._folder / MANIFEST_FILE):
             self.manifest = _with_shard(self._plan, self.manifest, shard.file, record, records)
             write_json(self._folder / MANIFEST_FILE, self.manifest.to_json())
@@ -235,21 +240,20 @@ def require_space(target: Path, plan: CheckpointPlan) -> None:
     require_free_space(target.parent, sum(plan.files.values()) + manifest - there, f"The checkpoint {target.name}")
 
 
-def _write_shard(
-    folder: Path, shard: ShardPlan, produce: Produce, task: Task
-) -> tuple[ShardWriter, dict[str, TensorRecord]]:
-    """Write a shard's tensors; the writer is left to be finished and closed."""
+def _fill(
+    writer: ShardWriter, file: Path, names: Iterable[str], produce: Produce, task: Task
+) -> dict[str, TensorRecord]:
+    """Write a shard's tensors; the writer is left to be finished, and closed only when something fails."""
     records = {}
     with contextlib.ExitStack() as stack:
-        with _explained(folder / shard.file):
-            writer = stack.enter_context(ShardWriter(folder, shard))
-        for name in shard.tensors:
+        stack.enter_context(writer)
+        for name in names:
             tensor, records[name] = produce(name, task)
-            with _explained(folder / shard.file):
+            with _explained(file):
                 writer.put(name, tensor)
             del tensor
         stack.pop_all()
-    return writer, records
+    return records
 
 
 def _with_shard(

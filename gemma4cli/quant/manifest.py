@@ -62,11 +62,6 @@ class FastFileRecord(FileRecord):
         """What the contents are compared by."""
         return "CRC-32"
 
-    @classmethod
-    def of(cls, file: Path) -> FastFileRecord:
-        """Checksum a file."""
-        return cls(file.stat().st_size, None, crc32_file(file))
-
     def matches(self, file: Path, progress: Progress = SILENT) -> bool:
         """Tell whether a file of this size has these contents."""
         return crc32_file(file, progress) == self.crc32

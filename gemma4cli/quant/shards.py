@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +20,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from gemma4cli.bulk_file import BulkFile
+from gemma4cli.quant.manifest import FastFileRecord, FileRecord
 from gemma4cli.quant.torchao_format import part_keys
 from gemma4cli.quant.torchao_types import flatten_tensor_state_dict
 
+# What a thread writes at a time.
+_SHARE_BYTES = 8 << 20
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -119,16 +124,22 @@ def _tensor_keys(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
 class ShardWriter:
     """Writes one planned shard; as a context manager it leaves nothing open when something fails."""
 
-    def __init__(self, folder: Path, plan: ShardPlan) -> None:
-        self._plan = plan
+    def __init__(self, folder: Path, plan: ShardPlan, pool: ThreadPoolExecutor, *, fast: bool = False) -> None:
+        """Start the file.
+
+        Args:
+            pool: whose threads write.
+            fast: take a CRC-32 on the way instead of a SHA-256 afterwards, and write past the page cache.
+        """
+        self._plan, self._pool, self._fast = plan, pool, fast
         self._path = folder / plan.file
         self._partial = folder / f"{plan.file}.partial"
         self._missing = set(plan.spans)
-        self._file = os.open(self._partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+        self._file = BulkFile(self._partial, plan.nbytes, past_cache=fast, checksum=fast)
         try:
-            self._write(memoryview(plan.header), 0)
+            self._file.write(memoryview(plan.header), 0)
         except OSError:
-            os.close(self._file)
+            self._file.close()
             raise
 
     def __enter__(self) -> ShardWriter:
@@ -137,27 +148,36 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        os.close(self._file)
+        self._file.close()
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write one tensor; its pieces must have the planned shapes and dtypes."""
+        pending = []
         for attribute, key in self._plan.tensors[name].items():
             piece = getattr(tensor, attribute) if attribute else tensor
             data = memoryview(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
             start, end = self._plan.spans[key]
             assert data.nbytes == end - start, f"{key} has {data.nbytes} bytes, planned were {end - start}"
-            self._write(data, start)
+            for first, last in _shares(start, end):
+                pending.append(self._pool.submit(self._file.write, data[first - start : last - start], first))
             self._missing.remove(key)
+        wait(pending)
+        for share in pending:
+            share.result()
 
-    def finish(self) -> Path:
+    def finish(self) -> FileRecord:
         """Make the shard durable and give it its final name."""
         assert not self._missing, f"{self._plan.file} lacks {sorted(self._missing)}"
-        os.fsync(self._file)
+        self._file.finish()
         os.replace(self._partial, self._path)
-        return self._path
+        if self._fast:
+            return FastFileRecord(self._plan.nbytes, None, self._file.crc32())
+        return FileRecord.of(self._path)
 
-    def _write(self, data: memoryview, offset: int) -> None:
-        # One call writes at most 2 GiB, and less when the disk fills up.
-        while data:
-            written = os.pwrite(self._file, data, offset)
-            data, offset = data[written:], offset + written
+
+def _shares(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Cut a span of a file where pages end."""
+    while start < end:
+        stop = min(end, (start // _SHARE_BYTES + 1) * _SHARE_BYTES)
+        yield start, stop
+        start = stop

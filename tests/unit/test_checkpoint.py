@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -96,10 +97,11 @@ def test_tensors_of_odd_size_leave_the_next_one_aligned(tmp_path: Path) -> None:
     tensors = {"m.b": torch.arange(3, dtype=torch.uint8), "m.a": torch.arange(5.0).bfloat16(), "m.c": torch.arange(3.0)}
     plan = plan_shards({name: tensor.to("meta") for name, tensor in tensors.items()}, 1 << 20)[0]
     assert all(plan.spans[name][0] % tensor.itemsize == 0 for name, tensor in tensors.items())
-    with ShardWriter(tmp_path, plan) as writer:
+    with ThreadPoolExecutor(1) as pool, ShardWriter(tmp_path, plan, pool) as writer:
         for name, tensor in tensors.items():
             writer.put(name, tensor)
-        path = writer.finish()
+        writer.finish()
+    path = tmp_path / plan.file
     assert path.stat().st_size == plan.nbytes
     loaded = load_file(path)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())

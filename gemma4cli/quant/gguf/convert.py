@@ -44,7 +44,6 @@ from gemma4cli.quant.gguf.reader import GGUF, GGUFTensor, open_gguf
 from gemma4cli.quant.gguf.tokenizer import read_vocabulary, tokenizer_config, tokenizer_json
 from gemma4cli.quant.manifest import (
     CheckpointManifest,
-    FastFileRecord,
     ManifestHead,
     TensorRecord,
     Totals,
@@ -150,7 +149,7 @@ def convert_gguf(
             force=force,
             progress=progress,
             label="convert",
-            record=FastFileRecord.of,
+            fast=True,
         )
 
 

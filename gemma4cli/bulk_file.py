@@ -1,0 +1,203 @@
+"""Large new files, written in pieces of any size, in any order, by several threads at once.
+
+The system copies what is written into its page cache first, page by page, and throws out other pages for it: for files
+as large as memory that takes longer than the disk does, and loses the source that is being read. So large files are
+written past it (O_DIRECT). That takes whole pages at aligned addresses: pieces are copied through a small buffer that
+stays in the processor's cache, and what they begin and end with in the midst of a page is put together in memory.
+Where the filesystem has no such writing (tmpfs on older systems), it is done the usual way.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import mmap
+import os
+import threading
+import zlib
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+PAGE = 4096
+# Smaller files are soon read again and fit the page cache.
+DIRECT_BYTES = 256 << 20
+_BUFFER_BYTES = 1 << 20
+
+
+class BulkFile:
+    """A file that is being made; as a context manager it is closed at the end.
+
+    Nothing is on the disk for certain before `finish` returns. Bytes that nobody writes are zero.
+    """
+
+    def __init__(self, path: Path, nbytes: int, *, past_cache: bool = True, checksum: bool = False) -> None:
+        """Create the file or empty it.
+
+        Args:
+            past_cache: do not leave it in the page cache, when it is large.
+            checksum: compute the CRC-32 on the way; every byte must then be written, once.
+        """
+        self._nbytes = nbytes
+        self._pieces: list[tuple[int, int, int]] | None = [] if checksum else None
+        self._edges: dict[int, bytearray] = {}
+        self._lock = threading.Lock()
+        self._handle = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+        try:
+            os.truncate(self._handle, nbytes)
+            self._direct = past_cache and nbytes >= DIRECT_BYTES and _writes_directly(self._handle)
+        except BaseException:
+            os.close(self._handle)
+            raise
+
+    def __enter__(self) -> BulkFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file, whole or not."""
+        os.close(self._handle)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write bytes from `offset` of the file on. Safe to call from several threads.
+
+        Raises: OSError as the system does.
+        """
+        start, crc = offset, 0
+        while data:
+            # Up to the end of a buffer that starts where a page of the file does.
+            count = min(len(data), _BUFFER_BYTES - offset % PAGE)
+            if self._pieces is not None:
+                crc = zlib.crc32(data[:count], crc)
+            if self._direct:
+                self._write_directly(data[:count], offset)
+            else:
+                _write_all(self._handle, data[:count], offset)
+            data, offset = data[count:], offset + count
+        if self._pieces is not None:
+            with self._lock:
+                self._pieces.append((start, offset - start, crc))
+
+    def finish(self) -> None:
+        """Wait until everything is on the disk."""
+        buffer = _buffer()
+        # Neighbouring pages go together.
+        for _, run in itertools.groupby(enumerate(sorted(self._edges)), key=lambda item: item[1] - item[0]):
+            for pages in _batches([page for _, page in run], len(buffer) // PAGE):
+                joined = b"".join(self._edges[page] for page in pages)
+                buffer[: len(joined)] = joined
+                _write_all(self._handle, memoryview(buffer)[: len(joined)], pages[0] * PAGE, PAGE)
+        self._edges.clear()
+        if self._direct:
+            os.truncate(self._handle, self._nbytes)  # the last page was written whole
+        os.fsync(self._handle)
+
+    def crc32(self) -> str:
+        """Return the CRC-32 of the whole file as 8 hex digits, like ``files.crc32_file``."""
+        assert self._pieces is not None
+        end = value = 0
+        for start, count, crc in sorted(self._pieces):
+            assert start == end, f"bytes {min(start, end)} to {max(start, end)} were not written once"
+            value = crc32_of_both(value, crc, count)
+            end = start + count
+        assert end == self._nbytes, f"{end} of {self._nbytes} bytes were written"
+        return f"{value:08x}"
+
+    def _write_directly(self, data: memoryview, offset: int) -> None:
+        """Write what lies in whole pages, and keep the rest for `finish`."""
+        head = min(-offset % PAGE, len(data))
+        tail = (offset + len(data)) % PAGE if head < len(data) else 0
+        body = len(data) - head - tail
+        if head:
+            self._keep(data[:head], offset)
+        if tail:
+            self._keep(data[head + body :], offset + head + body)
+        if body:
+            buffer = memoryview(_buffer())
+            buffer[:body] = data[head : head + body]
+            _write_all(self._handle, buffer[:body], offset + head, PAGE)
+
+    def _keep(self, data: memoryview, offset: int) -> None:
+        page, start = divmod(offset, PAGE)
+        with self._lock:
+            self._edges.setdefault(page, bytearray(PAGE))[start : start + len(data)] = data
+
+
+def crc32_of_both(first: int, second: int, second_bytes: int) -> int:
+    """Return the CRC-32 of two strings one after the other from that of each.
+
+    CRC-32 is a remainder of polynomials over GF(2) (RFC 1952, reflected: the highest bit is the constant term); putting
+    bytes after the first string multiplies its remainder by x^8 for each of them.
+    """
+    return _times(_shift(second_bytes), first) ^ second
+
+
+_POLYNOMIAL, _ONE, _X8 = 0xEDB88320, 0x80000000, 0x00800000
+
+
+@cache
+def _shift(count: int) -> int:
+    """x^(8 count), by squaring."""
+    power, square = _ONE, _X8
+    while count:
+        if count & 1:
+            power = _times(square, power)
+        square = _times(square, square)
+        count >>= 1
+    return power
+
+
+def _times(first: int, second: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        if first >> bit & 1:
+            product ^= second
+        second = second >> 1 ^ (_POLYNOMIAL if second & 1 else 0)
+    return product
+
+
+_LOCAL = threading.local()
+
+
+def _buffer() -> mmap.mmap:
+    """Return this thread's buffer, which starts at an address of a page."""
+    if not hasattr(_LOCAL, "buffer"):
+        _LOCAL.buffer = mmap.mmap(-1, _BUFFER_BYTES)
+    return _LOCAL.buffer
+
+
+def _batches(pages: list[int], size: int) -> list[list[int]]:
+    return [pages[start : start + size] for start in range(0, len(pages), size)]
+
+
+def _writes_directly(handle: int) -> bool:
+    """Switch the file to O_DIRECT if its filesystem has that, found out by writing a page."""
+    flag = getattr(os, "O_DIRECT", 0)
+    flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+    try:
+        if flag:
+            fcntl.fcntl(handle, fcntl.F_SETFL, flags | flag)
+            buffer = _buffer()
+            buffer[:PAGE] = bytes(PAGE)
+            os.pwrite(handle, memoryview(buffer)[:PAGE], 0)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        fcntl.fcntl(handle, fcntl.F_SETFL, flags)
+        return False
+    return bool(flag)
+
+
+def _write_all(handle: int, data: memoryview, offset: int, unit: int = 1) -> None:
+    """Write all of it; a disk that fills up takes less at first, and says so when asked again."""
+    while data:
+        written = os.pwrite(handle, data, offset)
+        written -= written % unit
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        data, offset = data[written:], offset + written
