@@ -40,7 +40,7 @@ WIDE = {
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
 # Launches of one decoded token in two layers, sampling included. More of them is a regression; fewer, lower this.
-MOST_DECODE_LAUNCHES = 48
+MOST_DECODE_LAUNCHES = 30
 
 
 def model(seed: int) -> Path:

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from gemma4cli.kernels import attention as attention_kernels
 from gemma4cli.kernels.attention import reference, turboquant
 from gemma4cli.kernels.attention.cache import AttentionCache
-from gemma4cli.kernels.quantized_matmul import quantized_matmul
+from gemma4cli.kernels.gated_gelu import gated_gelu
+from gemma4cli.kernels.head_rope import head_rope
+from gemma4cli.kernels.quantized_matmul import Int8Rows, quantized_matmul, quantized_matvec
 from gemma4cli.kernels.quantized_matmul.format import STEP_WIDTH, PackedWeight, WeightFormat, dequantize
 from gemma4cli.model.config import Gemma4Config, LayerConfig
 from gemma4cli.model.kv_cache import CacheSpec
@@ -49,6 +51,13 @@ class PackedMatrix(nn.Module):
         """x [T, K] times the matrix transposed: [T, N]."""
         fmt = self.format
         return quantized_matmul(x, self.codes, self.high, self.sub, self.step, fmt.bits, fmt.group_size, fmt.has_min)
+
+    def matvec(self, rows: Int8Rows) -> Tensor:
+        """``matmul`` of activations that are int8 already, in bf16."""
+        fmt = self.format
+        return quantized_matvec(
+            *rows, self.codes, self.high, self.sub, self.step, fmt.bits, fmt.group_size, fmt.has_min, torch.bfloat16
+        )
 
     def rows_of(self, index: Tensor) -> Tensor:
         """Return the rows `index` [T] as float32 [T, K]."""
@@ -89,7 +98,13 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x [T, K] to one [T, rows] per projection, in order."""
-        outputs = [matrix.matmul(x) for matrix in self.matrices]
+        return self._split([matrix.matmul(x) for matrix in self.matrices])
+
+    def matvec(self, rows: Int8Rows) -> list[Tensor]:
+        """``forward`` of activations that are int8 already."""
+        return self._split([matrix.matvec(rows) for matrix in self.matrices])
+
+    def _split(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         split: list[Tensor] = []
         for (matrix, row), count in zip(self.place.values(), self.rows, strict=True):
             split.append(outputs[matrix][:, row : row + count])
@@ -178,11 +193,30 @@ class CudaAttention(nn.Module):
 
     def forward(self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, hidden] to [T, hidden]."""
-        projected = [part.view(1, x.shape[0], -1, self.head_dim) for part in self.qkv_proj(x)]
-        raw_q, raw_k, raw_v = projected if len(projected) == 3 else (*projected, projected[1])
+        return self.o_proj.matmul(self._mix(self.qkv_proj(x), input_pos, cos, sin))
+
+    def decode(self, rows: Int8Rows, input_pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``forward`` of one token that is int8 already: [1, hidden]."""
+        projected, cache = self.qkv_proj.matvec(rows), self.kv_cache
+        if cache.is_tq4:
+            return self.o_proj.matmul(self._mix(projected, input_pos, cos, sin))
+        q, r = head_rope(
+            projected[0], projected[1], projected[-1], self.q_norm.weight, self.k_norm.weight, cos, sin, input_pos,
+            cache.k, cache.v, self.eps,
+        )  # fmt: skip
+        mixed = attention_kernels.decode_attention_int8(
+            q, r if cache.folded else None, cache.k, cache.v, None, None, None, input_pos, self.window, cache.folded
+        )
+        return self.o_proj.matvec(Int8Rows(*mixed))
+
+    def _mix(self, projected: Sequence[Tensor], input_pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Write the tokens' keys and values and attend: [T, H * D]."""
+        tokens = input_pos.shape[0]
+        heads = [part.view(1, tokens, -1, self.head_dim) for part in projected]
+        raw_q, raw_k, raw_v = heads if len(heads) == 3 else (*heads, heads[1])
         q = rotate(self.q_norm(raw_q), cos, sin)[0].transpose(0, 1).contiguous()  # [H, T, D]
         k = rotate(self.k_norm(raw_k), cos, sin)[0].transpose(0, 1)
-        v = normalize(raw_v.to(torch.float32), self.eps).to(x.dtype)[0].transpose(0, 1)
+        v = normalize(raw_v.to(torch.float32), self.eps).to(raw_v.dtype)[0].transpose(0, 1)
         cache, quantizer = self.kv_cache, self.quantizer[0]
         r = None
         if cache.folded:
@@ -198,7 +232,7 @@ class CudaAttention(nn.Module):
         mixed = attention_kernels.attend(q, r, stored, input_pos, self.window)
         if quantizer is not None:
             mixed = quantizer.rotate_back(mixed)
-        return self.o_proj.matmul(mixed.transpose(0, 1).reshape(x.shape[0], -1))
+        return mixed.transpose(0, 1).reshape(tokens, -1)
 
 
 class CudaMLP(nn.Module):
@@ -213,3 +247,7 @@ class CudaMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x)
         return self.down_proj.matmul(F.gelu(gate, approximate="tanh") * up)
+
+    def decode(self, rows: Int8Rows) -> Tensor:
+        """``forward`` of one token that is int8 already: [1, hidden]."""
+        return self.down_proj.matvec(gated_gelu(*self.gate_up_proj.matvec(rows)))

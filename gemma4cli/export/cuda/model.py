@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from gemma4cli.errors import G4Error
 from gemma4cli.export.cuda.layers import KV_FORMATS, CudaAttention, CudaMLP, PackedMatrix, TurboQuant
+from gemma4cli.kernels.quantized_matmul import Int8Rows
 from gemma4cli.kernels.quantized_matmul.format import WeightFormat
+from gemma4cli.kernels.residual_norm import residual_norm
 from gemma4cli.model.config import Gemma4Config, LayerConfig
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.model.layers import RMSNorm
@@ -100,6 +102,26 @@ class CudaLayer(nn.Module):
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return x * self.layer_scalar
 
+    def decode(
+        self, x: Tensor, rows: Int8Rows, input_pos: Tensor, cos: Tensor, sin: Tensor, next_norm: RMSNorm
+    ) -> tuple[Tensor, Int8Rows]:
+        """``forward`` of one token in few launches.
+
+        Args: x: [1, hidden]; rows: its `input_layernorm`, int8; next_norm: what reads this layer's output.
+        Returns: the output [1, hidden] and its `next_norm`, int8.
+        """
+        mixed = self.self_attn.decode(rows, input_pos, cos, sin)
+        x, rows = _residual_norm(x, mixed, self.post_attention_layernorm, None, self.pre_feedforward_layernorm)
+        made = self.mlp.decode(rows)
+        return _residual_norm(x, made, self.post_feedforward_layernorm, self.layer_scalar, next_norm)
+
+
+def _residual_norm(
+    x: Tensor, branch: Tensor | None, branch_norm: RMSNorm | None, factor: Tensor | None, norm: RMSNorm
+) -> tuple[Tensor, Int8Rows]:
+    weight = None if branch_norm is None else branch_norm.weight
+    return residual_norm(x, branch, weight, factor, norm.weight, norm.eps)
+
 
 class CudaModel(nn.Module):
     """``model.gemma4.Gemma4`` on packed weights: ``forward(tokens [1, T], input_pos [T]) -> logits [1, 1, V]`` float32.
@@ -141,12 +163,23 @@ class CudaModel(nn.Module):
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         angles = {kind: rotary(input_pos) for kind, rotary in self.rotary_emb.items()}
         x = self.embed_tokens.rows_of(tokens[0]).to(self.dtype) * self.constants.embed_scale
-        for layer in self.layers:
-            x = layer(x, input_pos, *angles[layer.kind])
         head = self.lm_head or self.embed_tokens
-        logits = head.matmul(self.norm(x[-1:])).to(torch.float32)
+        if tokens.shape[1] == 1:
+            logits = head.matvec(self._decode(x, input_pos, angles)).to(torch.float32)
+        else:
+            for layer in self.layers:
+                x = layer(x, input_pos, *angles[layer.kind])
+            logits = head.matmul(self.norm(x[-1:])).to(torch.float32)
         cap = self.config.final_logit_softcapping
         return (logits if cap is None else torch.tanh(logits / cap) * cap)[None]
+
+    def _decode(self, x: Tensor, input_pos: Tensor, angles: Mapping[str, tuple[Tensor, Tensor]]) -> Int8Rows:
+        """One token through all layers and the last norm; x: [1, hidden]."""
+        norms = [layer.input_layernorm for layer in self.layers] + [self.norm]
+        x, rows = _residual_norm(x, None, None, None, norms[0])
+        for layer, next_norm in zip(self.layers, norms[1:], strict=True):
+            x, rows = layer.decode(x, rows, input_pos, *angles[layer.kind], next_norm)
+        return rows
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Fill what the checkpoint tensor `name` goes to, packing it slab by slab if it is a matrix."""

@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from gemma4cli.errors import G4Error
 
 # What AOTInductor's wrappers call of the driver; without a symbol that is used, the linker would drop the library.
@@ -37,24 +35,35 @@ for argument; do
 done
 exec g++ {maps} $sources "$@"
 """
+TOOLS = {"g++": "g++", "ld": "binutils", "objcopy": "binutils", "strip": "binutils"}
+"""Programs that compiling calls, and Debian's packages of them."""
+
 _HEADER = Path("include/cuda.h")
 _HEADERS_HINT = "Install them with pip install 'gemma4cli[cuda]', or set CUDA_HOME."
 
 
 def check_toolchain(environment: Mapping[str, str] = os.environ) -> None:
     """Find all that is needed before minutes are spent. Raises: G4Error naming what is missing and its package."""
+    check_versions()
+    for tool, package in TOOLS.items():
+        if shutil.which(tool, path=environment.get("PATH")) is None:
+            raise G4Error(f"Compiling for CUDA needs {tool}, which is not installed.", hint=f"apt install {package}")
+    find_cuda_home(environment)
+
+
+def check_versions() -> None:
+    """Compare the compilers here with those that g4 compiles with. Raises: G4Error naming the one that differs."""
     for package, wanted in COMPILERS.items():
-        found = metadata.version(package)
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found = "none"
         if not f"{found}.".startswith(f"{wanted}."):
             raise G4Error(
                 f"Compiling for CUDA needs {package} {wanted}; here is {found}.",
                 hint=f"Export in an environment with {package}=={wanted}.* (a CPU build of torch is enough). "
                 "The bundle runs with any torch, or with none.",
             )
-    for tool, package in (("g++", "g++"), ("ld", "binutils"), ("objcopy", "binutils"), ("strip", "binutils")):
-        if shutil.which(tool, path=environment.get("PATH")) is None:
-            raise G4Error(f"Compiling for CUDA needs {tool}, which is not installed.", hint=f"apt install {package}")
-    find_cuda_home(environment)
 
 
 def find_cuda_home(environment: Mapping[str, str] = os.environ) -> Path:
@@ -73,17 +82,15 @@ def find_cuda_home(environment: Mapping[str, str] = os.environ) -> Path:
 def environment_for(scratch: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Prepare a compiler's environment in an empty folder, which is its cache and must be thrown away afterwards."""
     check_toolchain(environment)
+    import torch  # not by g4 doctor, which looks for the rest
+
     headers = Path(torch.__file__).parent
     compiler = scratch / "c++"
     folders = (scratch, headers, find_cuda_home(environment))
     maps = shlex.join(f"-ffile-prefix-map={folder}=." for folder in folders)
     compiler.write_text(_COMPILER.format(maps=maps))
     compiler.chmod(0o755)
-    # The driver's library comes with the driver; to link against it, its name and those of its functions are enough.
-    stub = scratch / "libcuda.so"
-    source = scratch / "stub.c"
-    source.write_text("".join(f"void {name}(void) {{}}\n" for name in _DRIVER_FUNCTIONS))
-    subprocess.run(["g++", "-shared", "-xc", str(source), "-Wl,-soname,libcuda.so.1", "-o", str(stub)], check=True)
+    make_driver_stub(scratch)
     return {
         **environment,
         "CUDA_HOME": str(find_cuda_home(environment)),
@@ -95,3 +102,14 @@ def environment_for(scratch: Path, environment: Mapping[str, str] = os.environ) 
         "TRITON_DISABLE_LINE_INFO": "1",
         "TMPDIR": str(scratch),
     }
+
+
+def make_driver_stub(folder: Path) -> Path:
+    """Make what programs are linked against in place of the driver's library, which comes with the driver.
+
+    Its name and those of its functions are enough.
+    """
+    stub, source = folder / "libcuda.so", folder / "stub.c"
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in _DRIVER_FUNCTIONS))
+    subprocess.run(["g++", "-shared", "-xc", str(source), "-Wl,-soname,libcuda.so.1", "-o", str(stub)], check=True)
+    return stub

@@ -15,8 +15,10 @@ from torch.library import triton_op, wrap_triton
 from gemma4cli.kernels.attention import decode, prefill, reference
 from gemma4cli.kernels.attention.cache import AttentionCache, cache_kind
 from gemma4cli.kernels.attention.configs import COMBINE_BLOCK_D, decode_config, prefill_config
+from gemma4cli.kernels.quantized_matmul import empty_int8_rows, quantize
 from gemma4cli.kernels.targets import current_target
 
+_TRITON = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _SMALLEST_DOT = 16  # columns of the smallest tensor-core operand
 
 
@@ -54,6 +56,51 @@ def decode_attention(
 ) -> Tensor:
     """One query token: q [H, 1, D] and so on as in ``attend``; returns [H, 1, D]."""
     heads, _, head_dim = q.shape
+    partial, top, total = _split(q, r, k, v, k_scale, v_scale, table, position, window, folded)
+    out = torch.empty_like(q)
+    wrap_triton(decode.combine)[(heads, triton.cdiv(head_dim, COMBINE_BLOCK_D))](
+        partial, top, total, out, D=head_dim, SPLITS=top.shape[1], BLOCK_D=COMBINE_BLOCK_D, num_warps=4
+    )
+    return out
+
+
+@triton_op("g4::decode_attention_int8", mutates_args={})
+def decode_attention_int8(
+    q: Tensor,
+    r: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    table: Tensor | None,
+    position: Tensor,
+    window: int,
+    folded: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``decode_attention`` rounded to int8 as the activations of the output projection: the parts of ``Int8Rows``."""
+    heads, _, head_dim = q.shape
+    partial, top, total = _split(q, r, k, v, k_scale, v_scale, table, position, window, folded)
+    rows = empty_int8_rows(1, heads * head_dim, q.device)
+    wrap_triton(decode.combine_int8)[(heads, triton.cdiv(head_dim, COMBINE_BLOCK_D))](
+        partial, top, total, *rows, D=head_dim, SPLITS=top.shape[1], BLOCK_D=COMBINE_BLOCK_D, dtype=_TRITON[q.dtype],
+        num_warps=4,
+    )  # fmt: skip
+    return rows.words, rows.scale, rows.total
+
+
+def _split(
+    q: Tensor,
+    r: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    table: Tensor | None,
+    position: Tensor,
+    window: int,
+    folded: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, _, head_dim = q.shape
     kv_heads, slots = v.shape[0], v.shape[1]
     group = heads // kv_heads
     config = decode_config(current_target(), head_dim, cache_kind(folded, table is not None))
@@ -67,11 +114,7 @@ def decode_attention(
         ROWS=max(_SMALLEST_DOT, triton.next_power_of_2(group)), FOLDED=folded, TQ4=table is not None, DOT=tl.bfloat16,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    out = torch.empty_like(q)
-    wrap_triton(decode.combine)[(heads, triton.cdiv(head_dim, COMBINE_BLOCK_D))](
-        partial, top, total, out, D=head_dim, SPLITS=config.splits, BLOCK_D=COMBINE_BLOCK_D, num_warps=4
-    )
-    return out
+    return partial, top, total
 
 
 @triton_op("g4::prefill_attention", mutates_args={})
@@ -119,3 +162,20 @@ def _cpu(
 ) -> Tensor:
     cache = AttentionCache(k, v, k_scale, v_scale, table, folded)
     return reference.attention(q, r, cache, position, window).to(q.dtype)
+
+
+@decode_attention_int8.register_kernel("cpu")
+def _cpu_int8(
+    q: Tensor,
+    r: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    table: Tensor | None,
+    position: Tensor,
+    window: int,
+    folded: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    cache = AttentionCache(k, v, k_scale, v_scale, table, folded)
+    return quantize(reference.attention(q, r, cache, position, window).to(q.dtype).view(1, -1))

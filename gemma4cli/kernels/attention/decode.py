@@ -17,24 +17,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma4cli.kernels.quantized_matmul.decode import write_int8
+
+
+@triton.jit
+def _slots(position0, S, WINDOW: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Slots of BLOCK_S positions from `position0` on. In a ring, one division of scalars instead of one per slot."""
+    if WINDOW == 0:
+        return position0 + tl.arange(0, BLOCK_S)
+    slot = position0 % S + tl.arange(0, BLOCK_S)
+    return tl.where(slot < S, slot, slot - S)
+
 
 @triton.jit
 def _half(
     ptr, scale_ptr, table_ptr, head, slot, inside,
     S, D: tl.constexpr, SECOND: tl.constexpr, WIDTH: tl.constexpr, TQ4: tl.constexpr,
 ):  # fmt: skip
-    """Load one half of the vectors in the given slots: [BLOCK_S, WIDTH], float32 if TQ4; WIDTH >= D / 2, the rest 0."""
+    """Load one half of the vectors in the given slots: [BLOCK_S, WIDTH], float32 if TQ4; WIDTH >= D / 2, the rest 0.
+
+    One 64-bit base per head and 32-bit offsets inside it: a head's cache has fewer than 2^31 values.
+    """
     HALF: tl.constexpr = D // 2
     column = tl.arange(0, WIDTH)
     mask = inside[:, None] & (column < HALF)[None, :]
-    row = head.to(tl.int64) * S + slot
+    base = head.to(tl.int64) * S
     if TQ4:
-        packed = tl.load(ptr + row[:, None] * HALF + column[None, :], mask=mask, other=0)
+        packed = tl.load(ptr + base * HALF + (slot[:, None] * HALF + column[None, :]), mask=mask, other=0)
         code = (packed.to(tl.int32) >> (4 * SECOND)) & 15
-        scale = tl.load(scale_ptr + row, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + base + slot, mask=inside, other=0.0).to(tl.float32)
         return tl.where(mask, tl.load(table_ptr + code) * scale[:, None], 0.0)
     else:
-        return tl.load(ptr + row[:, None] * D + SECOND * HALF + column[None, :], mask=mask, other=0.0)
+        return tl.load(ptr + base * D + (slot[:, None] * D + SECOND * HALF + column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -81,8 +95,8 @@ def split(
     """
     head = tl.program_id(0)
     share = tl.program_id(1)
-    last = tl.load(position_ptr)
-    first = tl.maximum(last - WINDOW + 1, 0) if WINDOW > 0 else last * 0
+    last = tl.load(position_ptr).to(tl.int32)
+    first = tl.maximum(last - WINDOW + 1, 0) if WINDOW > 0 else 0
     length = tl.cdiv(tl.cdiv(last - first + 1, SPLITS), BLOCK_S) * BLOCK_S
     start = first + share * length
     end = tl.minimum(start + length, last + 1)
@@ -101,7 +115,7 @@ def split(
     for position0 in range(start, end, BLOCK_S):
         position = position0 + tl.arange(0, BLOCK_S)
         inside = position < end
-        slot = position % S
+        slot = _slots(position0, S, WINDOW, BLOCK_S)
         v0 = _half(v_ptr, v_scale_ptr, table_ptr, head, slot, inside, S, D, 0, HALF, TQ4).to(DOT)
         v1 = _half(v_ptr, v_scale_ptr, table_ptr, head, slot, inside, S, D, 1, HALF, TQ4).to(DOT)
         if FOLDED:
@@ -135,16 +149,36 @@ def split(
 
 
 @triton.jit
-def combine(partial_ptr, top_ptr, total_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Merge the shares of head `program_id(0)`: out [H, D] = sum partial e^(top - max) / sum total e^(top - max)."""
-    head = tl.program_id(0).to(tl.int64)
+def _mixed(partial_ptr, top_ptr, total_ptr, head, column, D: tl.constexpr, SPLITS: tl.constexpr):
+    """Merge the shares of a head: sum partial e^(top - max) / sum total e^(top - max), float32 at `column`."""
     share = tl.arange(0, SPLITS)
     top = tl.load(top_ptr + head * SPLITS + share)
     total = tl.load(total_ptr + head * SPLITS + share)
     factor = tl.exp(top - tl.max(top, axis=0))  # 0 for an empty share
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     # Empty shares hold zeros that need not be read: long allocations with short contexts have many.
     mask = (factor > 0)[:, None] & (column < D)[None, :]
     partial = tl.load(partial_ptr + (head * SPLITS + share)[:, None] * D + column[None, :], mask=mask, other=0.0)
-    mixed = tl.sum(partial * factor[:, None], axis=0) / tl.sum(total * factor, axis=0)
+    return tl.sum(partial * factor[:, None], axis=0) / tl.sum(total * factor, axis=0)
+
+
+@triton.jit
+def combine(partial_ptr, top_ptr, total_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Merge the shares of head `program_id(0)`: out [H, D]."""
+    head = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mixed = _mixed(partial_ptr, top_ptr, total_ptr, head, column, D, SPLITS)
     tl.store(out_ptr + head * D + column, mixed.to(out_ptr.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def combine_int8(
+    partial_ptr, top_ptr, total_ptr, xq_ptr, scale_ptr, sums_ptr,
+    D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """``combine`` rounded to `dtype`, then to int8 as ``quantize_rows`` does: one row of H * D activations."""
+    head = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mixed = _mixed(partial_ptr, top_ptr, total_ptr, head, column, D, SPLITS)
+    x = tl.reshape(tl.where(column < D, mixed, 0.0).to(dtype).to(tl.float32), [BLOCK_D // 32, 32])
+    local = tl.program_id(1) * (BLOCK_D // 32) + tl.arange(0, BLOCK_D // 32)
+    write_int8(x, 0, head * (D // 32) + local, local < D // 32, xq_ptr, scale_ptr, sums_ptr, 32)

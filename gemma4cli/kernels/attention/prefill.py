@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemma4cli.kernels.attention.decode import _half
+from gemma4cli.kernels.attention.decode import _half, _slots
 
 
 @triton.jit
@@ -58,10 +58,10 @@ def attend(
     token = token0 + row // GROUP
     row_in = token < T
     head = kv_head * GROUP + row % GROUP
-    base = tl.load(position_ptr)
+    base = tl.load(position_ptr).to(tl.int32)
     query = base + token
     last = base + tl.minimum(token0 + TOKENS, T) - 1
-    first = tl.maximum(base + token0 - WINDOW + 1, 0) if WINDOW > 0 else base * 0
+    first = tl.maximum(base + token0 - WINDOW + 1, 0) if WINDOW > 0 else 0
     q0 = _query_half(q_ptr, head, token, row_in, T, D, 0, HALF).to(DOT)
     q1 = _query_half(q_ptr, head, token, row_in, T, D, 1, HALF).to(DOT)
     if FOLDED:
@@ -74,7 +74,7 @@ def attend(
     for position0 in range(first, last + 1, BLOCK_S):
         position = position0 + tl.arange(0, BLOCK_S)
         inside = position <= last
-        slot = position % S
+        slot = _slots(position0, S, WINDOW, BLOCK_S)
         v0 = _half(v_ptr, v_scale_ptr, table_ptr, kv_head, slot, inside, S, D, 0, HALF, TQ4).to(DOT)
         v1 = _half(v_ptr, v_scale_ptr, table_ptr, kv_head, slot, inside, S, D, 1, HALF, TQ4).to(DOT)
         if FOLDED:

@@ -7,6 +7,8 @@ CPU both take the reference, so that exported graphs run without a GPU.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,29 @@ from gemma4cli.kernels.quantized_matmul import decode, prefill, reference
 from gemma4cli.kernels.quantized_matmul.configs import QUANTIZE_ROWS_GROUPS, matmul_config, matvec_config
 from gemma4cli.kernels.quantized_matmul.format import PackedWeight, WeightFormat
 from gemma4cli.kernels.targets import current_target
+
+
+class Int8Rows(NamedTuple):
+    """Rows of activations rounded to int8 in groups of 32 (reference.quantize_activations), K of them each.
+
+    words int32 [M, K / 4]: four values a word; scale, total float32 [M, K / 32].
+    """
+
+    words: Tensor
+    scale: Tensor
+    total: Tensor
+
+
+def empty_int8_rows(m: int, k: int, device: torch.device) -> Int8Rows:
+    """Room for a kernel to write M rows into."""
+    scale = torch.empty((m, k // 32), dtype=torch.float32, device=device)
+    return Int8Rows(torch.empty((m, k // 4), dtype=torch.int32, device=device), scale, torch.empty_like(scale))
+
+
+def quantize(x: Tensor) -> Int8Rows:
+    """Round x [M, K] to int8 in plain PyTorch, on a CPU."""
+    xq, scale, total = reference.quantize_activations(x)
+    return Int8Rows(xq.view(torch.int32), scale, total)
 
 
 def matmul(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -44,31 +69,35 @@ def _decode(
     x: Tensor, codes: Tensor, high: Tensor | None, sub: Tensor, step: Tensor, bits: int, group_size: int, has_min: bool
 ) -> Tensor:
     m, k = x.shape
-    n = codes.shape[0]
-    config = matvec_config(current_target())
-    words = torch.empty((m, k // 4), dtype=torch.int32, device=x.device)
-    scale = torch.empty((m, k // 32), dtype=torch.float32, device=x.device)
-    total = torch.empty_like(scale)
+    rows = empty_int8_rows(m, k, x.device)
     rows_grid = (triton.cdiv(k // 32, QUANTIZE_ROWS_GROUPS), m)
-    wrap_triton(decode.quantize_rows)[rows_grid](x, words, scale, total, K=k, BLOCK_G=QUANTIZE_ROWS_GROUPS, num_warps=4)
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    wrap_triton(decode.quantize_rows)[rows_grid](x, *rows, K=k, BLOCK_G=QUANTIZE_ROWS_GROUPS, num_warps=4)
+    return _matvec(*rows, codes, high, sub, step, bits, group_size, has_min, x.dtype)
+
+
+def _matvec(
+    words: Tensor,
+    scale: Tensor,
+    total: Tensor,
+    codes: Tensor,
+    high: Tensor | None,
+    sub: Tensor,
+    step: Tensor,
+    bits: int,
+    group_size: int,
+    has_min: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    m, k, n = words.shape[0], words.shape[1] * 4, codes.shape[0]
+    config = matvec_config(current_target())
+    y = torch.empty((m, n), dtype=dtype, device=words.device)
     grid = (triton.cdiv(n, config.block_n), m)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if bits == 8:
         wrap_triton(decode.matvec_int8)[grid](
-            codes,
-            sub,
-            step,
-            words,
-            scale,
-            y,
-            n,
-            K=k,
-            BLOCK_N=config.block_n,
-            BLOCK_G=config.block_k,
-            DP4A=True,
-            **options,
-        )
+            codes, sub, step, words, scale, y, n,
+            K=k, BLOCK_N=config.block_n, BLOCK_G=config.block_k, DP4A=True, **options,
+        )  # fmt: skip
     else:
         wrap_triton(decode.matvec)[grid](
             codes, codes if high is None else high, sub, step, words, scale, total, y, n,
@@ -93,6 +122,43 @@ def _prefill(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return y
+
+
+@triton_op("g4::quantized_matvec", mutates_args={})
+def quantized_matvec(
+    words: Tensor,
+    scale: Tensor,
+    total: Tensor,
+    codes: Tensor,
+    high: Tensor | None,
+    sub: Tensor,
+    step: Tensor,
+    bits: int,
+    group_size: int,
+    has_min: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``quantized_matmul`` of rows that are int8 already (Int8Rows): [M, N] in `dtype`."""
+    return _matvec(words, scale, total, codes, high, sub, step, bits, group_size, has_min, dtype)
+
+
+@quantized_matvec.register_kernel("cpu")
+def _cpu_matvec(
+    words: Tensor,
+    scale: Tensor,
+    total: Tensor,
+    codes: Tensor,
+    high: Tensor | None,
+    sub: Tensor,
+    step: Tensor,
+    bits: int,
+    group_size: int,
+    has_min: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    shape = (codes.shape[0], words.shape[1] * 4)
+    weight = PackedWeight(WeightFormat(bits, group_size, has_min), shape, codes, high, sub, step)
+    return reference.matvec_int8(words.view(torch.int8), scale, weight).to(dtype)
 
 
 @quantized_matmul.register_kernel("cpu")

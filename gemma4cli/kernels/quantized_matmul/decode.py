@@ -11,26 +11,32 @@ import triton.language as tl
 
 
 @triton.jit
-def quantize_rows(x_ptr, xq_ptr, scale_ptr, total_ptr, K: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Write reference.quantize_activations of row `program_id(1)`; BLOCK_G groups of 32 per program.
+def write_int8(x, row, group, inside, xq_ptr, scale_ptr, total_ptr, K: tl.constexpr):
+    """Write reference.quantize_activations of x [BLOCK_G, 32] float32, the groups `group` [BLOCK_G] of row `row`.
 
     xq may be given as 32-bit words, as ``matvec`` reads it: exported graphs have no view in another dtype.
     """
     xq_ptr = xq_ptr.to(tl.pointer_type(tl.int8))
-    row = tl.program_id(1).to(tl.int64)
-    groups: tl.constexpr = K // 32
-    group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    inside = group < groups
-    k = group[:, None] * 32 + tl.arange(0, 32)[None, :]  # [BLOCK_G, 32]
-    x = tl.load(x_ptr + row * K + k, mask=inside[:, None], other=0.0).to(tl.float32)
+    k = group[:, None] * 32 + tl.arange(0, 32)[None, :]
     scale = tl.max(tl.abs(x), axis=1) / 127.0
     inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
     scaled = x * inverse[:, None]
     # Half to even, as torch.round: adding and subtracting 1.5 * 2^23 leaves the nearest integer of |scaled| <= 127.
     xq = (scaled + 12582912.0) - 12582912.0
     tl.store(xq_ptr + row * K + k, xq.to(tl.int8), mask=inside[:, None])
-    tl.store(scale_ptr + row * groups + group, scale, mask=inside)
-    tl.store(total_ptr + row * groups + group, scale * tl.sum(xq, axis=1), mask=inside)
+    tl.store(scale_ptr + row * (K // 32) + group, scale, mask=inside)
+    tl.store(total_ptr + row * (K // 32) + group, scale * tl.sum(xq, axis=1), mask=inside)
+
+
+@triton.jit
+def quantize_rows(x_ptr, xq_ptr, scale_ptr, total_ptr, K: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Write reference.quantize_activations of row `program_id(1)`; BLOCK_G groups of 32 per program."""
+    row = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    inside = group < K // 32
+    k = group[:, None] * 32 + tl.arange(0, 32)[None, :]  # [BLOCK_G, 32]
+    x = tl.load(x_ptr + row * K + k, mask=inside[:, None], other=0.0).to(tl.float32)
+    write_int8(x, row, group, inside, xq_ptr, scale_ptr, total_ptr, K)
 
 
 @triton.jit
@@ -53,6 +59,12 @@ def _signed_bytes(code, ZERO: tl.constexpr):
     zeros: tl.constexpr = ZERO * 0x01010101
     top: tl.constexpr = -2139062144  # 0x80808080
     return ((code | top) - zeros) ^ top
+
+
+@triton.jit
+def _byte(word, INDEX: tl.constexpr):
+    """Signed byte INDEX of 32-bit words, as float32."""
+    return ((word << (24 - 8 * INDEX)) >> 24).to(tl.float32)
 
 
 @triton.jit
@@ -79,28 +91,38 @@ def matvec(
     xq is read as int32 [M, K / 4], sub as int8, step as float16; see format.py for the layout. Rows of x are one axis
     of the grid: with more than one, the weight comes from the L2 after the first.
     """
-    m = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_in = rows < N
-    row = tl.where(row_in, rows, 0).to(tl.int64)
     blocks: tl.constexpr = K // 64
     steps: tl.constexpr = (K + 255) // 256
     WORDS: tl.constexpr = BLOCK_B * 8
-    PER: tl.constexpr = 32 // GROUP  # weight groups in one 32-wide half
-    LEVELS: tl.constexpr = 2 if HAS_MIN else 1
-    part = tl.arange(0, PER)
+    if HAS_MIN or GROUP == 16:  # a block has four scale codes, or two
+        tl.static_assert(GROUP == 32 or not HAS_MIN)
+        sub_ptr = sub_ptr.to(tl.pointer_type(tl.int32))
+    else:
+        sub_ptr = sub_ptr.to(tl.pointer_type(tl.int16))
+    if HAS_MIN:
+        step_ptr = step_ptr.to(tl.pointer_type(tl.int32))
+    # One 64-bit base per program and 32-bit offsets inside it; rows past the end read the first one again.
+    row = tl.where(row_in, tl.arange(0, BLOCK_N), 0)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
+    codes_ptr += first_row * (K // 8)
+    high_ptr += first_row * (K // 16)
+    sub_ptr += first_row * blocks
+    step_ptr += first_row * steps
     acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     for b0 in range(0, blocks, BLOCK_B):
         word = tl.arange(0, WORDS)
         block_of_word = b0 + word // 8
         word_in = block_of_word < blocks
         load_in = row_in[:, None] & word_in[None, :]
-        w = tl.load(codes_ptr + row[:, None] * (K // 8) + b0 * 8 + word[None, :], mask=load_in, other=0)
+        w = tl.load(codes_ptr + (row[:, None] * (K // 8) + (b0 * 8 + word)[None, :]), mask=load_in, other=0)
         first = w & 0x0F0F0F0F
         second = (w >> 4) & 0x0F0F0F0F
         if BITS == 6:
             h = tl.load(
-                high_ptr + row[:, None] * (K // 16) + (block_of_word // 2 * 8 + word % 8)[None, :],
+                high_ptr + (row[:, None] * (K // 16) + (block_of_word // 2 * 8 + word % 8)[None, :]),
                 mask=load_in,
                 other=0,
             )
@@ -113,39 +135,37 @@ def matvec(
         block = b0 + tl.arange(0, BLOCK_B)
         block_in = block < blocks
         scale_in = row_in[:, None] & block_in[None, :]
-        step = tl.load(step_ptr + (row[:, None] * steps + (block // 4)[None, :]) * LEVELS, mask=scale_in, other=0.0).to(
-            tl.float32
-        )  # [BLOCK_N, BLOCK_B]
-        group = row[:, None, None] * (K // GROUP) + (block * 2 * PER)[None, :, None] + part[None, None, :]
-        group_in = scale_in[:, :, None]
-        first_scale = tl.load(sub_ptr + group * LEVELS, mask=group_in, other=0).to(tl.float32)
-        second_scale = tl.load(sub_ptr + (group + PER) * LEVELS, mask=group_in, other=0).to(tl.float32)
-        if HAS_MIN:
-            step_min = tl.load(
-                step_ptr + (row[:, None] * steps + (block // 4)[None, :]) * 2 + 1, mask=scale_in, other=0.0
-            ).to(tl.float32)
-            first_min = tl.load(sub_ptr + group * 2 + 1, mask=group_in, other=0).to(tl.float32)
-            second_min = tl.load(sub_ptr + (group + PER) * 2 + 1, mask=group_in, other=0).to(tl.float32)
+        # The scale codes of a block, and its steps, come in one load each: byte loads would outnumber the codes'.
+        sub = tl.load(sub_ptr + (row[:, None] * blocks + block[None, :]), mask=scale_in, other=0).to(tl.int32)
+        step_at = row[:, None] * steps + (block // 4)[None, :]  # [BLOCK_N, BLOCK_B]
         x_word = m * (K // 4) + block_of_word * 16 + word % 8
         x_first = tl.load(xq_ptr + x_word, mask=word_in, other=0)
         x_second = tl.load(xq_ptr + x_word + 8, mask=word_in, other=0)
         dot_first = _dot4(first, tl.broadcast_to(x_first[None, :], [BLOCK_N, WORDS]), DP4A)
         dot_second = _dot4(second, tl.broadcast_to(x_second[None, :], [BLOCK_N, WORDS]), DP4A)
-        dot_first = tl.sum(tl.reshape(dot_first, [BLOCK_N, BLOCK_B, PER, 8 // PER]), axis=3).to(tl.float32)
-        dot_second = tl.sum(tl.reshape(dot_second, [BLOCK_N, BLOCK_B, PER, 8 // PER]), axis=3).to(tl.float32)
         x_group = m * (K // 32) + block * 2
-        scale_first = tl.load(scale_ptr + x_group, mask=block_in, other=0.0)
-        scale_second = tl.load(scale_ptr + x_group + 1, mask=block_in, other=0.0)
-        sums = tl.sum(dot_first * first_scale, axis=2) * scale_first[None, :]
-        sums += tl.sum(dot_second * second_scale, axis=2) * scale_second[None, :]
-        acc += sums * step
+        scale_first = tl.load(scale_ptr + x_group, mask=block_in, other=0.0)[None, :]
+        scale_second = tl.load(scale_ptr + x_group + 1, mask=block_in, other=0.0)[None, :]
+        if GROUP == 32:
+            dot_first = tl.sum(tl.reshape(dot_first, [BLOCK_N, BLOCK_B, 8]), axis=2).to(tl.float32)
+            dot_second = tl.sum(tl.reshape(dot_second, [BLOCK_N, BLOCK_B, 8]), axis=2).to(tl.float32)
+            sums = dot_first * _byte(sub, 0) * scale_first
+            sums += dot_second * _byte(sub, 2 if HAS_MIN else 1) * scale_second
+        else:
+            dot_first = tl.sum(tl.reshape(dot_first, [BLOCK_N, BLOCK_B, 2, 4]), axis=3).to(tl.float32)
+            dot_second = tl.sum(tl.reshape(dot_second, [BLOCK_N, BLOCK_B, 2, 4]), axis=3).to(tl.float32)
+            sums = tl.sum(dot_first * tl.join(_byte(sub, 0), _byte(sub, 1)), axis=2) * scale_first
+            sums += tl.sum(dot_second * tl.join(_byte(sub, 2), _byte(sub, 3)), axis=2) * scale_second
         if HAS_MIN:
-            total_first = tl.load(total_ptr + x_group, mask=block_in, other=0.0)
-            total_second = tl.load(total_ptr + x_group + 1, mask=block_in, other=0.0)
-            lows = tl.sum(first_min, axis=2) * total_first[None, :]
-            lows += tl.sum(second_min, axis=2) * total_second[None, :]
-            acc -= lows * step_min
-    tl.store(y_ptr + m * N + rows, tl.sum(acc, axis=1).to(y_ptr.dtype.element_ty), mask=row_in)
+            both = tl.load(step_ptr + step_at, mask=scale_in, other=0)
+            step = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            step_min = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            total_first = tl.load(total_ptr + x_group, mask=block_in, other=0.0)[None, :]
+            total_second = tl.load(total_ptr + x_group + 1, mask=block_in, other=0.0)[None, :]
+            acc += sums * step - (_byte(sub, 1) * total_first + _byte(sub, 3) * total_second) * step_min
+        else:
+            acc += sums * tl.load(step_ptr + step_at, mask=scale_in, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m.to(tl.int64) * N + rows, tl.sum(acc, axis=1).to(y_ptr.dtype.element_ty), mask=row_in)
 
 
 @triton.jit

@@ -20,13 +20,13 @@ def _half_tile(
     byte = tl.arange(0, 32)
     inside = row_in[:, None]
     if BITS == 8:
-        code = tl.load(codes_ptr + row[:, None] * K + block * 64 + HALF * 32 + byte[None, :], mask=inside, other=0)
+        code = tl.load(codes_ptr + (row[:, None] * K + (block * 64 + HALF * 32 + byte)[None, :]), mask=inside, other=0)
         code = code.to(tl.int8, bitcast=True).to(tl.float32)
     else:
-        packed = tl.load(codes_ptr + row[:, None] * (K // 2) + block * 32 + byte[None, :], mask=inside, other=0)
+        packed = tl.load(codes_ptr + (row[:, None] * (K // 2) + (block * 32 + byte)[None, :]), mask=inside, other=0)
         low = (packed >> (4 * HALF)) & 15
         if BITS == 6:
-            h = tl.load(high_ptr + row[:, None] * (K // 4) + block // 2 * 32 + byte[None, :], mask=inside, other=0)
+            h = tl.load(high_ptr + (row[:, None] * (K // 4) + (block // 2 * 32 + byte)[None, :]), mask=inside, other=0)
             two = (h.to(tl.int32) >> (block % 2 * 4 + 2 * HALF)) & 3
             low = low.to(tl.int32) | (two << 4)
         code = low.to(tl.float32)
@@ -83,13 +83,21 @@ def matmul(
     rows_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n_in, m_in = rows_n < N, rows_m < M
-    row = tl.where(n_in, rows_n, 0).to(tl.int64)
-    x_row = tl.where(m_in, rows_m, 0).to(tl.int64) * K
+    LEVELS: tl.constexpr = 2 if HAS_MIN else 1
+    # One 64-bit base per tile and 32-bit offsets inside it; rows past the end read the first one again.
+    row = tl.where(n_in, tl.arange(0, BLOCK_N), 0)
+    x_row = tl.where(m_in, tl.arange(0, BLOCK_M), 0) * K
+    first_row = tile_n.to(tl.int64) * BLOCK_N
+    codes_ptr += first_row * (K if BITS == 8 else K // 2)
+    high_ptr += first_row * (K // 4)
+    sub_ptr += first_row * (K // GROUP * LEVELS)
+    step_ptr += first_row * ((K + 255) // 256 * LEVELS)
+    x_ptr += tile_m.to(tl.int64) * BLOCK_M * K
     k32 = tl.arange(0, 32)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in range(0, K // 64):
-        x_first = tl.load(x_ptr + x_row[None, :] + (block * 64 + k32)[:, None], mask=m_in[None, :], other=0.0)
-        x_second = tl.load(x_ptr + x_row[None, :] + (block * 64 + 32 + k32)[:, None], mask=m_in[None, :], other=0.0)
+        x_first = tl.load(x_ptr + (x_row[None, :] + (block * 64 + k32)[:, None]), mask=m_in[None, :], other=0.0)
+        x_second = tl.load(x_ptr + (x_row[None, :] + (block * 64 + 32 + k32)[:, None]), mask=m_in[None, :], other=0.0)
         first = _half_tile(
             codes_ptr, high_ptr, sub_ptr, step_ptr, row, n_in, block, K, BITS, GROUP, HAS_MIN, 0, BLOCK_N
         )

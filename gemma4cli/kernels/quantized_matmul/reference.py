@@ -27,6 +27,11 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def matmul_int8(x: Tensor, weight: PackedWeight) -> Tensor:
     """x [M, K] times the weight transposed, activations rounded to int8: [M, N] float32."""
     xq, scale, _ = quantize_activations(x)
+    return matvec_int8(xq, scale, weight)
+
+
+def matvec_int8(xq: Tensor, scale: Tensor, weight: PackedWeight) -> Tensor:
+    """Activations that are int8 already, xq [M, K] and scale [M, K / 32], times the weight transposed."""
     rounded = xq.float() * scale.repeat_interleave(ACTIVATION_GROUP, dim=1)
     return rounded @ dequantize(weight).T
 

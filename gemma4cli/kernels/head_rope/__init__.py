@@ -1,0 +1,44 @@
+"""`g4::head_rope`: head norms, RoPE, folding and the cache write of a decoded token, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from gemma4cli.kernels.head_rope import kernel, reference
+
+# A head of 256 or 512 is one or two values a thread and half.
+WARPS = 4
+
+
+@triton_op("g4::head_rope", mutates_args={"k_cache", "v_cache"})
+def head_rope(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``reference.head_rope``: arguments and results as there."""
+    kv_heads, slots, head_dim = v_cache.shape
+    width = k_cache.shape[2]
+    heads = q.shape[1] // head_dim
+    folded = width != head_dim
+    query = torch.empty((heads, 1, head_dim), dtype=q.dtype, device=q.device)
+    r = torch.empty((heads, 1, width) if folded else (0,), dtype=q.dtype, device=q.device)
+    wrap_triton(kernel.head_rope)[(heads + kv_heads,)](
+        q, k, v, q_weight, k_weight, cos, sin, position, k_cache, v_cache, query, r if folded else query, eps, slots,
+        HEADS=heads, D=head_dim, R=width, HALF=triton.next_power_of_2(head_dim // 2), FOLDED=folded, num_warps=WARPS,
+    )  # fmt: skip
+    return query, r
+
+
+head_rope.register_kernel("cpu")(reference.head_rope)
