@@ -20,7 +20,7 @@ from gemma4cli import __version__, console
 from gemma4cli.errors import G4Error
 
 # Modules of gemma4cli.commands, in the order people use them.
-COMMANDS = ("pull", "quantize", "convert_gguf", "export", "inspect_pte", "run", "bench")
+COMMANDS = ("pull", "quantize", "convert_gguf", "export", "inspect_pte", "run", "bench", "doctor")
 _PINNED = ("torch", "torchao", "executorch", "triton", "tokenizers", "safetensors", "gguf", "huggingface-hub")
 _EXIT_BUG = 70
 _EXIT_INTERRUPTED = 130
