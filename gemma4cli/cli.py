@@ -31,7 +31,11 @@ def _print_versions(wanted: bool) -> None:
         return
     from importlib import metadata
 
+    from gemma4cli.benchmark.device import source_commit
+
     typer.echo(f"g4 {__version__}")
+    if commit := source_commit():
+        typer.echo(f"commit {commit}")
     typer.echo(f"python {sys.version.split()[0]}")
     for package in _PINNED:
         with contextlib.suppress(metadata.PackageNotFoundError):

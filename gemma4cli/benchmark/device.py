@@ -96,9 +96,12 @@ def cpu_name() -> str:
 
 
 def source_commit() -> str | None:
-    """Return the commit of the source tree that this g4 runs from, with + when it has changes; None when installed."""
+    """Return the commit of the source tree that this g4 runs from, with + when it has changes.
+
+    Installed, it is what G4_COMMIT says, which a container sets, else None.
+    """
     if not (_SOURCE_TREE / ".git").exists():
-        return None
+        return os.environ.get("G4_COMMIT") or None
     try:
         answers = [
             subprocess.run(["git", "-C", str(_SOURCE_TREE), *arguments], capture_output=True, text=True, check=True)

@@ -98,8 +98,10 @@ def test_help_is_fast_and_imports_nothing_heavy(arguments: list[str]) -> None:
         assert ours < 4 * theirs, f"{ours:.3f} s of CPU; typer alone takes {theirs:.3f} s"
 
 
-def test_version_names_every_part(g4: RunG4) -> None:
+def test_version_names_every_part(g4: RunG4, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
+
+    from gemma4cli.benchmark import device
 
     outcome = g4("--version")
     assert outcome.code == 0
@@ -107,6 +109,11 @@ def test_version_names_every_part(g4: RunG4) -> None:
     assert lines[0] == f"g4 {__version__}"
     for package in ("torch", "torchao", "executorch", "triton", "tokenizers", "safetensors", "gguf", "huggingface-hub"):
         assert f"{package} {metadata.version(package)}" in lines
+    monkeypatch.setattr(device, "_SOURCE_TREE", device._SOURCE_TREE / "installed")
+    monkeypatch.delenv("G4_COMMIT", raising=False)
+    assert "commit" not in g4("--version").out
+    monkeypatch.setenv("G4_COMMIT", "0123abcd")
+    assert "commit 0123abcd" in g4("--version").out.splitlines()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
