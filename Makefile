@@ -1,15 +1,19 @@
 # make demo    set everything up, then pull, quantize, export and run the demo model; ends with its answer
 # make test    set everything up, then run the whole test suite
 # make lint    check style
+# make lock    pin what the container installs, from pyproject.toml; LOCK_ARGS="--torch-cpu WHERE" for torch, too
 # make clean   remove the environment and everything built
 #
 # PYTHON     the Python to make the environment with (3.11 or later)
 # PIP_ARGS   passed to every pip install, e.g. --index-url for an index with CPU-only torch wheels
 # TEST_ARGS  passed to pytest
+# LOCK_ARGS  passed to container/lock.py
 
 PYTHON ?= python3
 PIP_ARGS ?=
 TEST_ARGS ?=
+LOCK_ARGS ?=
+UV := uv==0.13.8
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(CURDIR)/build/demo
@@ -19,7 +23,7 @@ BUILD_REQUIREMENTS := "scikit-build-core>=0.11,<2" "cmake>=3.28,<5" ninja execut
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean setup
+.PHONY: demo test lint lock clean setup
 
 # The answer is the last thing on stdout; what is being done goes to stderr.
 demo: export G4_HOME := $(DEMO)
@@ -37,6 +41,10 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lock: setup
+	$(BIN)/pip install --quiet $(PIP_ARGS) $(UV)
+	$(BIN)/python container/lock.py $(LOCK_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist
