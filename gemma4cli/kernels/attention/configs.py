@@ -1,7 +1,7 @@
 """Launch configurations of the attention kernels, per target, head size and kind of cache.
 
-sm_90 for heads of 512 is recorded from bench/tune_attention.py on an H200 (bench/results/attention-h200.json), fastest
-of those that do not spill registers. Everything else is not measured: chosen to fit the target's shared memory without
+sm_90 is recorded from bench/tune_attention.py on an H200 (bench/results/attention-h200.json), fastest of those that do
+not spill registers. Everything else is not measured: chosen to fit the target's shared memory without
 spills (tests/kernels/test_attention.py compiles every entry and holds it to that).
 """
 
@@ -43,8 +43,8 @@ _DECODE: dict[str, dict[str, DecodeConfig]] = {
         "folded-tq4": DecodeConfig(64, 16, 4, 1),
     },
     "sm_90": {
-        "plain": DecodeConfig(64, 32, 8, 2),
-        "folded": DecodeConfig(64, 32, 4, 2),
+        "plain": DecodeConfig(64, 32, 4, 3),
+        "folded": DecodeConfig(64, 32, 4, 3),
         "tq4": DecodeConfig(64, 64, 8, 1),
         "folded-tq4": DecodeConfig(64, 32, 4, 1),
     },
@@ -55,7 +55,11 @@ _DECODE: dict[str, dict[str, DecodeConfig]] = {
         "folded-tq4": DecodeConfig(64, 32, 4, 1),
     },
 }
-_DECODE_RING = DecodeConfig(16, 32, 4, 2)
+_DECODE_RING = {
+    "sm_80": DecodeConfig(16, 32, 4, 2),
+    "sm_90": DecodeConfig(16, 64, 4, 1),
+    "sm_120": DecodeConfig(16, 32, 4, 2),
+}
 
 _PREFILL: dict[str, dict[str, PrefillConfig]] = {
     "sm_80": {
@@ -66,7 +70,7 @@ _PREFILL: dict[str, dict[str, PrefillConfig]] = {
     },
     "sm_90": {
         "plain": PrefillConfig(64, 32, 8, 2),
-        "folded": PrefillConfig(32, 32, 8, 1),
+        "folded": PrefillConfig(64, 32, 8, 3),
         "tq4": PrefillConfig(32, 32, 8, 1),
         "folded-tq4": PrefillConfig(32, 32, 8, 1),
     },
@@ -79,14 +83,14 @@ _PREFILL: dict[str, dict[str, PrefillConfig]] = {
 }
 _PREFILL_RING = {
     "sm_80": PrefillConfig(64, 32, 8, 2),
-    "sm_90": PrefillConfig(128, 32, 8, 2),
+    "sm_90": PrefillConfig(128, 64, 8, 2),
     "sm_120": PrefillConfig(64, 32, 8, 1),
 }
 
 
 def decode_config(target: Target, head_dim: int, kind: str) -> DecodeConfig:
     """Return the configuration for heads of `head_dim` and a cache of `kind` (``cache.AttentionCache.kind``)."""
-    return _DECODE[target.name][kind] if head_dim > 256 else _DECODE_RING
+    return _DECODE[target.name][kind] if head_dim > 256 else _DECODE_RING[target.name]
 
 
 def prefill_config(target: Target, head_dim: int, kind: str) -> PrefillConfig:

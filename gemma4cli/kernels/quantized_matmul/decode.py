@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+UNROLLED_STEPS = tl.constexpr(8)
+
 
 @triton.jit
 def write_int8(x, row, group, inside, xq_ptr, scale_ptr, total_ptr, K: tl.constexpr):
@@ -68,6 +70,67 @@ def _byte(word, INDEX: tl.constexpr):
 
 
 @triton.jit
+def _block_sums(
+    codes_ptr, high_ptr, sub_ptr, step_ptr, xq_ptr, scale_ptr, total_ptr, m, row, row_in, b0,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MIN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK_B 64-wide blocks from `b0` on add to each row: [BLOCK_N, BLOCK_B] float32."""
+    blocks: tl.constexpr = K // 64
+    steps: tl.constexpr = (K + 255) // 256
+    WORDS: tl.constexpr = BLOCK_B * 8
+    # Where the blocks come out even, a mask that is always true costs registers and a branch.
+    last: tl.constexpr = blocks if blocks % BLOCK_B else 1 << 30
+    word = tl.arange(0, WORDS)
+    block_of_word = b0 + word // 8
+    word_in = block_of_word < last
+    load_in = row_in[:, None] & word_in[None, :]
+    w = tl.load(codes_ptr + (row[:, None] * (K // 8) + (b0 * 8 + word)[None, :]), mask=load_in, other=0)
+    first = w & 0x0F0F0F0F
+    second = (w >> 4) & 0x0F0F0F0F
+    if BITS == 6:
+        high = row[:, None] * (K // 16) + (block_of_word // 2 * 8 + word % 8)[None, :]
+        h = tl.load(high_ptr + high, mask=load_in, other=0) >> (block_of_word % 2 * 4)[None, :]
+        first = first | ((h & 0x03030303) << 4)
+        second = second | (((h >> 2) & 0x03030303) << 4)
+    if not HAS_MIN:
+        first = _signed_bytes(first, 1 << (BITS - 1))
+        second = _signed_bytes(second, 1 << (BITS - 1))
+    block = b0 + tl.arange(0, BLOCK_B)
+    block_in = block < last
+    scale_in = row_in[:, None] & block_in[None, :]
+    # The scale codes of a block, and its steps, come in one load each: byte loads would outnumber the codes'.
+    sub = tl.load(sub_ptr + (row[:, None] * blocks + block[None, :]), mask=scale_in, other=0).to(tl.int32)
+    both = tl.load(step_ptr + (row[:, None] * steps + (block // 4)[None, :]), mask=scale_in, other=0)
+    x_word = m * (K // 4) + block_of_word * 16 + word % 8
+    x_first = tl.load(xq_ptr + x_word, mask=word_in, other=0)
+    x_second = tl.load(xq_ptr + x_word + 8, mask=word_in, other=0)
+    dot_first = _dot4(first, tl.broadcast_to(x_first[None, :], [BLOCK_N, WORDS]), DP4A)
+    dot_second = _dot4(second, tl.broadcast_to(x_second[None, :], [BLOCK_N, WORDS]), DP4A)
+    x_group = m * (K // 32) + block * 2
+    scale_first = tl.load(scale_ptr + x_group, mask=block_in, other=0.0)[None, :]
+    scale_second = tl.load(scale_ptr + x_group + 1, mask=block_in, other=0.0)[None, :]
+    if GROUP == 32:
+        dot_first = tl.sum(tl.reshape(dot_first, [BLOCK_N, BLOCK_B, 8]), axis=2).to(tl.float32)
+        dot_second = tl.sum(tl.reshape(dot_second, [BLOCK_N, BLOCK_B, 8]), axis=2).to(tl.float32)
+        sums = dot_first * _byte(sub, 0) * scale_first
+        sums += dot_second * _byte(sub, 2 if HAS_MIN else 1) * scale_second
+    else:
+        dot_first = tl.sum(tl.reshape(dot_first, [BLOCK_N, BLOCK_B, 2, 4]), axis=3).to(tl.float32)
+        dot_second = tl.sum(tl.reshape(dot_second, [BLOCK_N, BLOCK_B, 2, 4]), axis=3).to(tl.float32)
+        sums = tl.sum(dot_first * tl.join(_byte(sub, 0), _byte(sub, 1)), axis=2) * scale_first
+        sums += tl.sum(dot_second * tl.join(_byte(sub, 2), _byte(sub, 3)), axis=2) * scale_second
+    if HAS_MIN:
+        step = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        step_min = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        total_first = tl.load(total_ptr + x_group, mask=block_in, other=0.0)[None, :]
+        total_second = tl.load(total_ptr + x_group + 1, mask=block_in, other=0.0)[None, :]
+        return sums * step - (_byte(sub, 1) * total_first + _byte(sub, 3) * total_second) * step_min
+    else:
+        return sums * both.to(tl.float32)
+
+
+@triton.jit
 def matvec(
     codes_ptr,
     high_ptr,
@@ -95,8 +158,6 @@ def matvec(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_in = rows < N
     blocks: tl.constexpr = K // 64
-    steps: tl.constexpr = (K + 255) // 256
-    WORDS: tl.constexpr = BLOCK_B * 8
     if HAS_MIN or GROUP == 16:  # a block has four scale codes, or two
         tl.static_assert(GROUP == 32 or not HAS_MIN)
         sub_ptr = sub_ptr.to(tl.pointer_type(tl.int32))
@@ -110,61 +171,20 @@ def matvec(
     codes_ptr += first_row * (K // 8)
     high_ptr += first_row * (K // 16)
     sub_ptr += first_row * blocks
-    step_ptr += first_row * steps
+    step_ptr += first_row * ((K + 255) // 256)
     acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-    for b0 in range(0, blocks, BLOCK_B):
-        word = tl.arange(0, WORDS)
-        block_of_word = b0 + word // 8
-        word_in = block_of_word < blocks
-        load_in = row_in[:, None] & word_in[None, :]
-        w = tl.load(codes_ptr + (row[:, None] * (K // 8) + (b0 * 8 + word)[None, :]), mask=load_in, other=0)
-        first = w & 0x0F0F0F0F
-        second = (w >> 4) & 0x0F0F0F0F
-        if BITS == 6:
-            h = tl.load(
-                high_ptr + (row[:, None] * (K // 16) + (block_of_word // 2 * 8 + word % 8)[None, :]),
-                mask=load_in,
-                other=0,
-            )
-            h = h >> (block_of_word % 2 * 4)[None, :]
-            first = first | ((h & 0x03030303) << 4)
-            second = second | (((h >> 2) & 0x03030303) << 4)
-        if not HAS_MIN:
-            first = _signed_bytes(first, 1 << (BITS - 1))
-            second = _signed_bytes(second, 1 << (BITS - 1))
-        block = b0 + tl.arange(0, BLOCK_B)
-        block_in = block < blocks
-        scale_in = row_in[:, None] & block_in[None, :]
-        # The scale codes of a block, and its steps, come in one load each: byte loads would outnumber the codes'.
-        sub = tl.load(sub_ptr + (row[:, None] * blocks + block[None, :]), mask=scale_in, other=0).to(tl.int32)
-        step_at = row[:, None] * steps + (block // 4)[None, :]  # [BLOCK_N, BLOCK_B]
-        x_word = m * (K // 4) + block_of_word * 16 + word % 8
-        x_first = tl.load(xq_ptr + x_word, mask=word_in, other=0)
-        x_second = tl.load(xq_ptr + x_word + 8, mask=word_in, other=0)
-        dot_first = _dot4(first, tl.broadcast_to(x_first[None, :], [BLOCK_N, WORDS]), DP4A)
-        dot_second = _dot4(second, tl.broadcast_to(x_second[None, :], [BLOCK_N, WORDS]), DP4A)
-        x_group = m * (K // 32) + block * 2
-        scale_first = tl.load(scale_ptr + x_group, mask=block_in, other=0.0)[None, :]
-        scale_second = tl.load(scale_ptr + x_group + 1, mask=block_in, other=0.0)[None, :]
-        if GROUP == 32:
-            dot_first = tl.sum(tl.reshape(dot_first, [BLOCK_N, BLOCK_B, 8]), axis=2).to(tl.float32)
-            dot_second = tl.sum(tl.reshape(dot_second, [BLOCK_N, BLOCK_B, 8]), axis=2).to(tl.float32)
-            sums = dot_first * _byte(sub, 0) * scale_first
-            sums += dot_second * _byte(sub, 2 if HAS_MIN else 1) * scale_second
-        else:
-            dot_first = tl.sum(tl.reshape(dot_first, [BLOCK_N, BLOCK_B, 2, 4]), axis=3).to(tl.float32)
-            dot_second = tl.sum(tl.reshape(dot_second, [BLOCK_N, BLOCK_B, 2, 4]), axis=3).to(tl.float32)
-            sums = tl.sum(dot_first * tl.join(_byte(sub, 0), _byte(sub, 1)), axis=2) * scale_first
-            sums += tl.sum(dot_second * tl.join(_byte(sub, 2), _byte(sub, 3)), axis=2) * scale_second
-        if HAS_MIN:
-            both = tl.load(step_ptr + step_at, mask=scale_in, other=0)
-            step = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            step_min = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            total_first = tl.load(total_ptr + x_group, mask=block_in, other=0.0)[None, :]
-            total_second = tl.load(total_ptr + x_group + 1, mask=block_in, other=0.0)[None, :]
-            acc += sums * step - (_byte(sub, 1) * total_first + _byte(sub, 3) * total_second) * step_min
-        else:
-            acc += sums * tl.load(step_ptr + step_at, mask=scale_in, other=0.0).to(tl.float32)
+    if blocks <= UNROLLED_STEPS * BLOCK_B:  # short rows: all loads of a row can be in flight
+        for b0 in tl.static_range(0, blocks, BLOCK_B):
+            acc += _block_sums(
+                codes_ptr, high_ptr, sub_ptr, step_ptr, xq_ptr, scale_ptr, total_ptr, m, row, row_in, b0,
+                K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A,
+            )  # fmt: skip
+    else:
+        for b0 in range(0, blocks, BLOCK_B):
+            acc += _block_sums(
+                codes_ptr, high_ptr, sub_ptr, step_ptr, xq_ptr, scale_ptr, total_ptr, m, row, row_in, b0,
+                K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A,
+            )  # fmt: skip
     tl.store(y_ptr + m.to(tl.int64) * N + rows, tl.sum(acc, axis=1).to(y_ptr.dtype.element_ty), mask=row_in)
 
 
