@@ -22,6 +22,8 @@ from gemma4cli.errors import G4Error
 # Modules of gemma4cli.commands, in the order people use them.
 COMMANDS = ("pull", "quantize", "convert_gguf", "export", "inspect_pte", "run", "bench", "doctor")
 _PINNED = ("torch", "torchao", "executorch", "triton", "tokenizers", "safetensors", "gguf", "huggingface-hub")
+# What only running a bundle does without: the container's runtime image has none of these.
+_HEAVY = {"torch", "torchao", "executorch", "triton", "safetensors", "gguf", "huggingface_hub", "httpx2"}
 _EXIT_BUG = 70
 _EXIT_INTERRUPTED = 130
 
@@ -141,6 +143,11 @@ def _explain(error: Exception) -> G4Error | None:
         )
     if isinstance(error, OSError):
         return _explain_os_error(error)
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in _HEAVY:
+        return G4Error(
+            f"This needs {package}, which is not installed here.",
+            hint="Running a bundle does without; for the rest, use the full image, or pip install gemma4cli.",
+        )
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         where = "GPU" if not isinstance(error, MemoryError) else "machine"

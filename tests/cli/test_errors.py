@@ -53,6 +53,16 @@ def test_with_json_the_failure_is_the_document(g4: RunG4) -> None:
     assert document["error"]["message"] in outcome.err
 
 
+def test_a_part_that_is_not_installed_is_named(g4: RunG4, failing: Callable[[BaseException], None]) -> None:
+    """The runtime image has no torch; a module of ours that is not there is a bug all the same."""
+    failing(ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"))
+    outcome = g4("run", "--prompt", "x")
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: This needs torch, which is not installed here.\nhint: ")
+    failing(ModuleNotFoundError("No module named 'gemma4cli.nothing'", name="gemma4cli.nothing"))
+    assert g4("run", "--prompt", "x").code == 70
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
