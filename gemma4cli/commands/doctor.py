@@ -31,7 +31,9 @@ def doctor(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="What to export for: cpu, sm_80, sm_90, sm_120; several with commas."),
+        typer.Option(
+            metavar="NAMES", help="Export for: cpu, sm_80, sm_86, sm_90, sm_120; several with commas."
+        ),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,

@@ -33,7 +33,7 @@ EXAMPLES = (
     ("Export the last model pulled or quantized for the CPU", "g4 export"),
     ("A longer context; see first what it will take", "g4 export --ctx 32k --dry-run"),
     ("A checkpoint by name, in 8 GB of memory", "g4 export gemma-4-31B-it-default --low-memory"),
-    ("For a 24 GB GPU, at the full 128k; no GPU is needed", "g4 export --ctx 128k --target sm_120 --vram 24"),
+    ("For a 24 GB GPU, at the full 128k; no GPU is needed", "g4 export --ctx 128k --target sm_86 --vram 24"),
     ("A model that was not quantized, in full precision", "g4 export demo --recipe none -o demo-float32"),
 )
 
@@ -60,7 +60,7 @@ def export(
         str | None,
         typer.Option(
             metavar="ARCH,…",
-            help="GPU architectures to compile for: sm_80, sm_90, sm_120; no GPU is needed for it.",
+            help="GPU architectures to compile for: sm_80, sm_86, sm_90, sm_120; no GPU is needed for it.",
             show_default="that of the GPU here, else all",
         ),
     ] = None,

@@ -15,7 +15,7 @@ from gemma4cli.export.cuda.model import Signature
 from gemma4cli.export.cuda.weights import WeightEntry, planned_bytes, weight_entries, write_weights
 from gemma4cli.export.export import BackendPlan, Built, ExportRequest
 from gemma4cli.files import format_bytes
-from gemma4cli.kernels.targets import TARGETS, get_target, target_for_capability
+from gemma4cli.kernels.targets import DEFAULT_TARGETS, get_target, target_for_capability
 from gemma4cli.model.config import FULL, SLIDING, Gemma4Config
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.progress import Progress
@@ -92,12 +92,12 @@ def signature_of(request: ExportRequest) -> Signature:
 
 
 def _targets(request: ExportRequest) -> tuple[str, ...]:
-    """The targets asked for; else that of the GPU at hand, else all."""
+    """The targets asked for; else that of the GPU at hand, else DEFAULT_TARGETS."""
     if request.targets:
         return tuple(get_target(name).name for name in dict.fromkeys(request.targets))
     if torch.cuda.is_available():
         return (target_for_capability(torch.cuda.get_device_capability()).name,)
-    return tuple(TARGETS)
+    return DEFAULT_TARGETS
 
 
 def _memory_here() -> int | None:

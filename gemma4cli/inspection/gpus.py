@@ -48,7 +48,7 @@ GPUS: dict[str, Gpu] = {
         _of_target("a100", "sm_80", 79.1, 450),
         Gpu("h100", "NVIDIA H100", (9, 0), int(79.1 * GIB), 227 * KIB, 550 * MIB),
         _of_target("h200", "sm_90", 139.7, 550),
-        Gpu("3090", "NVIDIA GeForce RTX 3090", (8, 6), int(23.6 * GIB), 99 * KIB, 350 * MIB),
+        _of_target("3090", "sm_86", 23.6, 350),
         Gpu("4090", "NVIDIA GeForce RTX 4090", (8, 9), int(23.5 * GIB), 99 * KIB, 450 * MIB),
         _of_target("5090", "sm_120", 31.3, 550),
     )

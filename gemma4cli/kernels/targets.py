@@ -53,12 +53,18 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("sm_80", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 163 * KIB, 164 * KIB, 2048, 40 << 20, 80 * GIB, 2.04e12),
+        # Code for 8.6 also runs on the RTX 40 series (8.9), whose limits are the same.
+        Target("sm_86", "NVIDIA GeForce RTX 3090", (8, 6), 82, 99 * KIB, 100 * KIB, 1536, 6 << 20, 24 * GIB, 0.936e12),
         Target("sm_90", "NVIDIA H200", (9, 0), 132, 227 * KIB, 228 * KIB, 2048, 60 << 20, 141 * GIB, 4.8e12),
         Target(
             "sm_120", "NVIDIA GeForce RTX 5090", (12, 0), 170, 99 * KIB, 100 * KIB, 1536, 96 << 20, 32 * GIB, 1.79e12
         ),
     )
 }
+
+
+DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_120")
+"""What is compiled for when nothing is asked for and no GPU is there."""
 
 
 def get_target(name: str) -> Target:

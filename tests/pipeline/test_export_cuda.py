@@ -166,7 +166,7 @@ def test_the_exported_graph_gives_the_models_tokens() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence", "hint"),
     [
-        (["--target", "sm_75"], 1, "Unknown GPU target 'sm_75'.", "sm_80, sm_90, sm_120"),
+        (["--target", "sm_75"], 1, "Unknown GPU target 'sm_75'.", "sm_80, sm_86, sm_90, sm_120"),
         (["--target", TARGET, "--kv", "q8"], 1, "Unknown KV format 'q8'.", "folded-tq4"),
         (["--target", TARGET, "--ctx", "8k"], 1, "outside 2 to 4,096", "--ctx 4096"),
         (["--target", TARGET, "--vram", "0.5"], 1, "512 MiB are there", "shorter --ctx"),

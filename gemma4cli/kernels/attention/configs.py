@@ -48,6 +48,12 @@ _DECODE: dict[str, dict[str, DecodeConfig]] = {
         "tq4": DecodeConfig(64, 64, 8, 1),
         "folded-tq4": DecodeConfig(64, 32, 4, 1),
     },
+    "sm_86": {
+        "plain": DecodeConfig(64, 32, 4, 1),
+        "folded": DecodeConfig(64, 32, 4, 1),
+        "tq4": DecodeConfig(64, 32, 4, 1),
+        "folded-tq4": DecodeConfig(64, 32, 4, 1),
+    },
     "sm_120": {
         "plain": DecodeConfig(64, 32, 4, 1),
         "folded": DecodeConfig(64, 32, 4, 1),
@@ -58,6 +64,7 @@ _DECODE: dict[str, dict[str, DecodeConfig]] = {
 _DECODE_RING = {
     "sm_80": DecodeConfig(16, 32, 4, 2),
     "sm_90": DecodeConfig(16, 64, 4, 1),
+    "sm_86": DecodeConfig(16, 32, 4, 2),
     "sm_120": DecodeConfig(16, 32, 4, 2),
 }
 
@@ -74,6 +81,12 @@ _PREFILL: dict[str, dict[str, PrefillConfig]] = {
         "tq4": PrefillConfig(32, 32, 8, 1),
         "folded-tq4": PrefillConfig(32, 32, 8, 1),
     },
+    "sm_86": {
+        "plain": PrefillConfig(32, 16, 8, 1),
+        "folded": PrefillConfig(32, 16, 8, 1),
+        "tq4": PrefillConfig(32, 16, 4, 1),
+        "folded-tq4": PrefillConfig(16, 16, 4, 1),
+    },
     "sm_120": {
         "plain": PrefillConfig(32, 16, 8, 1),
         "folded": PrefillConfig(32, 16, 8, 1),
@@ -84,6 +97,7 @@ _PREFILL: dict[str, dict[str, PrefillConfig]] = {
 _PREFILL_RING = {
     "sm_80": PrefillConfig(64, 32, 8, 2),
     "sm_90": PrefillConfig(128, 64, 8, 2),
+    "sm_86": PrefillConfig(64, 32, 8, 1),
     "sm_120": PrefillConfig(64, 32, 8, 1),
 }
 

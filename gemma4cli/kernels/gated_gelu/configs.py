@@ -18,6 +18,7 @@ class GatedGeluConfig:
 GATED_GELU: dict[str, GatedGeluConfig] = {
     "sm_80": GatedGeluConfig(4, 1),
     "sm_90": GatedGeluConfig(4, 1),
+    "sm_86": GatedGeluConfig(4, 1),
     "sm_120": GatedGeluConfig(4, 1),
 }
 

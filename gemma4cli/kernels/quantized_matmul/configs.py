@@ -36,11 +36,13 @@ class MatmulConfig:
 MATVEC: dict[str, MatvecConfig] = {
     "sm_80": MatvecConfig(2, 16, 1, 2),
     "sm_90": MatvecConfig(2, 16, 1, 2),
+    "sm_86": MatvecConfig(2, 16, 1, 2),
     "sm_120": MatvecConfig(2, 16, 1, 2),
 }
 MATMUL: dict[str, MatmulConfig] = {
     "sm_80": MatmulConfig(128, 128, 8, 8, 3),
     "sm_90": MatmulConfig(64, 256, 8, 4, 3),
+    "sm_86": MatmulConfig(128, 128, 8, 8, 2),
     "sm_120": MatmulConfig(128, 128, 8, 8, 2),
 }
 # Activation groups of 32 that one program of ``quantize_rows`` handles.

@@ -33,6 +33,7 @@ class SampleConfig:
 SAMPLE: dict[str, SampleConfig] = {
     "sm_80": SampleConfig(2048, 4, 6, 3, 4),
     "sm_90": SampleConfig(2048, 4, 6, 4, 4),
+    "sm_86": SampleConfig(2048, 4, 6, 3, 4),
     "sm_120": SampleConfig(2048, 4, 6, 4, 4),
 }
 
