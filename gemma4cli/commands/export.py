@@ -21,12 +21,16 @@ from gemma4cli.console import Console, open_console
 from gemma4cli.errors import G4Error
 from gemma4cli.export.bundle import BundleManifest, describe
 from gemma4cli.files import format_bytes, require_absent
+from gemma4cli.inspection.gpus import this_gpu
+from gemma4cli.kernels.targets import target_for_capability
 from gemma4cli.quant.recipe import BUILT_IN, load_recipe
 from gemma4cli.quant.torchao_format import is_quantized_folder
 from gemma4cli.workspace import Workspace, name_of
 
 if TYPE_CHECKING:
     from gemma4cli.export.export import ExportPlan, ExportSpec
+    from gemma4cli.progress import Progress
+    from gemma4cli.quant.gguf.convert import ConversionPlan
     from gemma4cli.quant.quantize import QuantizationPlan
 
 EXAMPLES = (
@@ -131,14 +135,14 @@ def export(
     if backend == "cpu" and target:
         raise G4Error("--target names GPU architectures.", hint="Leave it away, or use --backend cuda.", exit_code=2)
     backend = backend or ("cuda" if target or has_gpu() else "cpu")
-    if dry_run and source.is_file() and backend != "cuda":
-        raise G4Error(f"{source} is a GGUF file.", hint=f"See first: g4 convert-gguf {source} --dry-run")
     if verify and backend != "cuda":
         raise G4Error("--verify checks compiled CUDA code.", hint="Leave it away, or name a --target.", exit_code=2)
     if verify and not has_gpu():
         raise G4Error(
             "--verify needs a GPU, and this machine has none.", hint="Export without it, verify where one is."
         )
+    if verify and target:
+        require_own_target(target, target_for_capability(this_gpu().capability).name)
     first = None if is_quantized else wanted
     name = "-".join(filter(None, (name_of(source), first and first.name, backend, _short(ctx))))
     bundle = output or workspace.folder("bundle") / name
@@ -146,12 +150,13 @@ def export(
         require_absent(bundle, force)
 
     from gemma4cli.export.export import ExportSpec, export_bundle, find_backend, plan_export
-    from gemma4cli.export.sources import ensure_converted, ensure_quantized, plan_quantization, planned
+    from gemma4cli.export.sources import ensure_quantized, plan_quantization, planned
 
     find_backend(backend)
     checkpoints, progress = workspace.folder("checkpoint"), console.progress()
+    conversion = None
     if source.is_file() and backend != "cuda":  # weights for CUDA are packed straight from the file
-        source = ensure_converted(source, checkpoints, progress)
+        source, conversion = _converted(source, checkpoints, progress, plan_only=dry_run, quantize=first is not None)
     spec = ExportSpec(
         source,
         bundle,
@@ -167,10 +172,10 @@ def export(
         verify=verify,
     )
     # Refuses what cannot work before anything is quantized.
-    quantization = plan_quantization(source, first) if first else None
-    plan = plan_export(spec, planned(quantization) if quantization else None)
+    before = plan_quantization(source, first) if first else conversion
+    plan = plan_export(spec, planned(before) if before else None)
     if dry_run:
-        return _dry_run(console, spec, plan, quantization)
+        return _dry_run(console, spec, plan, before)
     if first:
         spec = replace(spec, checkpoint=ensure_quantized(source, first, checkpoints, progress))
     bundle.parent.mkdir(parents=True, exist_ok=True)
@@ -179,6 +184,18 @@ def export(
     _report(console, manifest, bundle)
     console.next("g4 run --prompt 'What is the capital of France?'")
     return None
+
+
+def require_own_target(targets: str, own: str) -> None:
+    """Refuse to verify an export that holds nothing for this machine's GPU, before hours of work.
+
+    Args: targets: as given, separated by commas; own: the target of the GPU at hand.
+    """
+    if own not in targets.split(","):
+        raise G4Error(
+            f"--verify runs the program on this machine's GPU, which takes {own}; the export is for {targets}.",
+            hint=f"Add it: --target {targets},{own}",
+        )
 
 
 def has_gpu() -> bool:
@@ -194,13 +211,31 @@ def _is_quantized(source: Path) -> bool:
     return is_quantized_gguf(source)
 
 
+def _converted(
+    source: Path, checkpoints: Path, progress: Progress, *, plan_only: bool, quantize: bool
+) -> tuple[Path, ConversionPlan | None]:
+    """Return a GGUF file's checkpoint; with `plan_only`, when there is none yet, the file and what would be made."""
+    from gemma4cli.export.sources import converted_path, ensure_converted, plan_conversion
+
+    if not plan_only or converted_path(source, checkpoints).is_dir():
+        return ensure_converted(source, checkpoints, progress), None
+    if quantize:
+        raise G4Error(
+            f"{source} is not quantized; quantizing is planned from a checkpoint, and there is none of it yet.",
+            hint=f"Convert it first: g4 convert-gguf {source}",
+        )
+    return source, plan_conversion([source])
+
+
 def _short(tokens: int | None) -> str:
     if tokens is None:
         return ""
     return f"{tokens >> 10}k" if tokens % 1024 == 0 else str(tokens)
 
 
-def _dry_run(console: Console, spec: ExportSpec, plan: ExportPlan, first: QuantizationPlan | None) -> None:
+def _dry_run(
+    console: Console, spec: ExportSpec, plan: ExportPlan, first: QuantizationPlan | ConversionPlan | None
+) -> None:
     peak = max(plan.peak_memory_bytes, first.peak_bytes if first else 0)
     checkpoint_bytes = sum(first.checkpoint.files.values()) if first else 0
     fits = plan.total_bytes + checkpoint_bytes <= plan.free_disk_bytes and peak <= plan.available_memory_bytes
@@ -212,7 +247,7 @@ def _dry_run(console: Console, spec: ExportSpec, plan: ExportPlan, first: Quanti
         "prefill_chunk": plan.contract.prefill_chunk,
         "files": plan.files,
         "total_bytes": plan.total_bytes,
-        "quantized_first_bytes": checkpoint_bytes,
+        "checkpoint_first_bytes": checkpoint_bytes,
         "free_disk_bytes": plan.free_disk_bytes,
         "peak_memory_bytes": peak,
         "available_memory_bytes": plan.available_memory_bytes,
@@ -225,7 +260,7 @@ def _dry_run(console: Console, spec: ExportSpec, plan: ExportPlan, first: Quanti
         console.table(("file", "size"), [(name, format_bytes(size)) for name, size in plan.files.items()], align="lr")
         console.line(f"{spec.target}: {format_bytes(plan.total_bytes)}")
         if first:
-            console.line(f"quantized first, with the recipe {first.recipe.name}: {format_bytes(checkpoint_bytes)}")
+            console.line(f"a checkpoint is made first: {format_bytes(checkpoint_bytes)}")
         console.line(f"disk: {format_bytes(plan.free_disk_bytes)} free")
         console.line(f"memory: up to {format_bytes(peak)} of {format_bytes(plan.available_memory_bytes)} available")
         console.line(f"memory to run it: {format_bytes(plan.memory.total_bytes)}")

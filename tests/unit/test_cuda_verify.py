@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gemma4cli.commands.export import require_own_target
 from gemma4cli.errors import G4Error
 from gemma4cli.export.cuda.verify import _compare, _judge
 
@@ -38,3 +39,10 @@ def test_other_tokens_are_refused() -> None:
     ours[:10, 3] = 100.0
     with pytest.raises(G4Error, match=r"it chooses 54 of 64 tokens"):
         _judge(list(zip(ours, THEIRS, strict=True)), 0, 900)
+
+
+def test_an_export_for_other_gpus_is_refused_beforehand() -> None:
+    require_own_target("sm_80,sm_90", "sm_90")
+    with pytest.raises(G4Error, match="this machine's GPU, which takes sm_90; the export is for sm_80,sm_120") as error:
+        require_own_target("sm_80,sm_120", "sm_90")
+    assert error.value.hint == "Add it: --target sm_80,sm_120,sm_90"
