@@ -2,13 +2,14 @@
 
 The system copies what is written into its page cache first, page by page, and throws out other pages for it: for files
 as large as memory that takes longer than the disk does, and loses the source that is being read. So large files are
-written past it (O_DIRECT). That takes whole pages at aligned addresses: pieces are copied through a small buffer that
-stays in the processor's cache, and what they begin and end with in the midst of a page is put together in memory.
+written past it (O_DIRECT). That takes whole pages at aligned addresses: what a piece begins and ends with in the midst
+of a page is put together in memory, and a piece that does not lie in memory as it will in the file is copied first.
 Where the filesystem has no such writing (tmpfs on older systems), it is done the usual way.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import itertools
@@ -20,10 +21,14 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
+from gemma4cli.native import load_codes
+
 PAGE = 4096
 # Smaller files are soon read again and fit the page cache.
 DIRECT_BYTES = 256 << 20
-_BUFFER_BYTES = 1 << 20
+_BUFFER_BYTES = 4 << 20
 
 
 class BulkFile:
@@ -68,30 +73,21 @@ class BulkFile:
 
         Raises: OSError as the system does.
         """
-        start, crc = offset, 0
-        while data:
-            # Up to the end of a buffer that starts where a page of the file does.
-            count = min(len(data), _BUFFER_BYTES - offset % PAGE)
-            if self._pieces is not None:
-                crc = zlib.crc32(data[:count], crc)
-            if self._direct:
-                self._write_directly(data[:count], offset)
-            else:
-                _write_all(self._handle, data[:count], offset)
-            data, offset = data[count:], offset + count
         if self._pieces is not None:
+            piece = offset, len(data), _crc32(data)
             with self._lock:
-                self._pieces.append((start, offset - start, crc))
+                self._pieces.append(piece)
+        if self._direct:
+            self._write_directly(data, offset)
+        else:
+            _write_all(self._handle, data, offset)
 
     def finish(self) -> None:
         """Wait until everything is on the disk."""
-        buffer = _buffer()
         # Neighbouring pages go together.
         for _, run in itertools.groupby(enumerate(sorted(self._edges)), key=lambda item: item[1] - item[0]):
-            for pages in _batches([page for _, page in run], len(buffer) // PAGE):
-                joined = b"".join(self._edges[page] for page in pages)
-                buffer[: len(joined)] = joined
-                _write_all(self._handle, memoryview(buffer)[: len(joined)], pages[0] * PAGE, PAGE)
+            pages = [page for _, page in run]
+            self._write_directly(memoryview(b"".join(self._edges[page] for page in pages)), pages[0] * PAGE)
         self._edges.clear()
         if self._direct:
             os.truncate(self._handle, self._nbytes)  # the last page was written whole
@@ -110,6 +106,8 @@ class BulkFile:
 
     def _write_directly(self, data: memoryview, offset: int) -> None:
         """Write what lies in whole pages, and keep the rest for `finish`."""
+        if not data:
+            return
         head = min(-offset % PAGE, len(data))
         tail = (offset + len(data)) % PAGE if head < len(data) else 0
         body = len(data) - head - tail
@@ -117,10 +115,15 @@ class BulkFile:
             self._keep(data[:head], offset)
         if tail:
             self._keep(data[head + body :], offset + head + body)
-        if body:
-            buffer = memoryview(_buffer())
-            buffer[:body] = data[head : head + body]
-            _write_all(self._handle, buffer[:body], offset + head, PAGE)
+        pages, place = data[head : head + body], offset + head
+        if _address(pages) % PAGE == 0:
+            _write_all(self._handle, pages, place, PAGE)
+            return
+        for start in range(0, body, _BUFFER_BYTES):
+            piece = pages[start : start + _BUFFER_BYTES]
+            buffer = memory_for(0, len(piece))
+            np.copyto(np.frombuffer(buffer, np.uint8), piece)
+            _write_all(self._handle, buffer, place + start, PAGE)
 
     def _keep(self, data: memoryview, offset: int) -> None:
         page, start = divmod(offset, PAGE)
@@ -164,15 +167,37 @@ def _times(first: int, second: int) -> int:
 _LOCAL = threading.local()
 
 
-def _buffer() -> mmap.mmap:
-    """Return this thread's buffer, which starts at an address of a page."""
-    if not hasattr(_LOCAL, "buffer"):
-        _LOCAL.buffer = mmap.mmap(-1, _BUFFER_BYTES)
-    return _LOCAL.buffer
+def memory_for(offset: int, count: int) -> memoryview:
+    """Return memory for bytes that will be written at `offset` of a file; from there they need not be copied again.
+
+    It is the calling thread's until it asks for more. It is used again and again, because touching fresh memory takes
+    longer than most of what is done in it.
+    """
+    start = offset % PAGE
+    needed = start + count
+    if not hasattr(_LOCAL, "memory") or len(_LOCAL.memory) < needed:
+        _LOCAL.memory = mmap.mmap(-1, -(-needed // _BUFFER_BYTES) * _BUFFER_BYTES)
+    return memoryview(_LOCAL.memory)[start:needed]
 
 
-def _batches(pages: list[int], size: int) -> list[list[int]]:
-    return [pages[start : start + size] for start in range(0, len(pages), size)]
+def _address(data: memoryview) -> int:
+    return np.frombuffer(data, np.uint8).ctypes.data
+
+
+def _crc32(data: memoryview) -> int:
+    """Return zlib's CRC-32."""
+    if not _crc32_is_fast():
+        return zlib.crc32(data)
+    return load_codes().g4_crc32(ctypes.c_uint32(0), ctypes.c_void_p(_address(data)), ctypes.c_size_t(len(data)))
+
+
+@cache
+def _crc32_is_fast() -> bool:
+    library = load_codes()
+    fast = bool(library.g4_crc32_is_fast())
+    if fast:
+        library.g4_crc32.restype = ctypes.c_uint32
+    return fast
 
 
 def _writes_directly(handle: int) -> bool:
@@ -182,9 +207,9 @@ def _writes_directly(handle: int) -> bool:
     try:
         if flag:
             fcntl.fcntl(handle, fcntl.F_SETFL, flags | flag)
-            buffer = _buffer()
-            buffer[:PAGE] = bytes(PAGE)
-            os.pwrite(handle, memoryview(buffer)[:PAGE], 0)
+            page = memory_for(0, PAGE)
+            page[:] = bytes(PAGE)
+            os.pwrite(handle, page, 0)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise

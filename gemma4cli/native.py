@@ -1,4 +1,4 @@
-"""Where the compiled parts of g4 are: the runner and the kernel library.
+"""Where the compiled parts of g4 are: the runner and two libraries.
 
 Imports the standard library only. Order: the environment variable ``G4_RUNNER``, the installed distribution (a wheel or
 an editable install), the build folder of a source tree (``build/runner``, see docs/runner-protocol.md).
@@ -18,6 +18,7 @@ from gemma4cli.errors import G4Error
 
 RUNNER_NAME = "g4-runner"
 KERNEL_LIBRARY_NAME = "libg4_kernels.so"
+CODES_LIBRARY_NAME = "libg4_codes.so"
 _SOURCE_TREE = Path(__file__).resolve().parent.parent
 
 
@@ -53,8 +54,12 @@ def _installed_runner() -> Path | None:
 
 def find_kernel_library() -> Path:
     """Return the path of the operators' library, which lies beside the runner (``bin/`` and ``lib/``)."""
+    return _find_library(KERNEL_LIBRARY_NAME)
+
+
+def _find_library(name: str) -> Path:
     runner = find_runner()
-    library = runner.resolve().parent.parent / "lib" / KERNEL_LIBRARY_NAME
+    library = runner.resolve().parent.parent / "lib" / name
     if not library.is_file():
         raise G4Error(
             f"{library} does not exist, but the runner {runner} does.",
@@ -72,6 +77,12 @@ def load_kernels() -> ctypes.CDLL:
     if not library.g4_kernels_registered():
         raise G4Error("ExecuTorch refused to register g4's operators.", hint="Are two versions of g4 mixed?")
     return library
+
+
+@cache
+def load_codes() -> ctypes.CDLL:
+    """Return the functions that take GGUF's blocks apart (``runner/codes/codes.cpp``)."""
+    return ctypes.CDLL(str(_find_library(CODES_LIBRARY_NAME)))
 
 
 def runner_environment() -> dict[str, str]:

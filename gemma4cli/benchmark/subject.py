@@ -14,7 +14,7 @@ from gemma4cli.export.bundle import FORMAT, Bundle, open_bundle
 from gemma4cli.files import read_json
 from gemma4cli.model.config import Gemma4Config
 from gemma4cli.progress import SILENT, Progress
-from gemma4cli.quant.manifest import MANIFEST_FILE, CheckpointManifest
+from gemma4cli.quant.manifest import MANIFEST_FILE, CheckpointManifest, recipe_name
 
 if TYPE_CHECKING:
     from gemma4cli.engine.compiled import CompiledEngine
@@ -99,7 +99,7 @@ class BundleSubject(Subject):
         self.context_length = manifest.contract.context_length
         self.kv_format = ", ".join(dict.fromkeys(record.format for record in manifest.kv.values()))
         self.model_size = manifest.memory.weight_bytes
-        self.recipe = (manifest.model.get("recipe") or {}).get("name")
+        self.recipe = recipe_name(manifest.model.get("recipe"))
         self.source = manifest.model.get("source")
 
     @property
@@ -150,7 +150,7 @@ class CheckpointSubject(Subject):
         if (self.path / MANIFEST_FILE).is_file():
             manifest = CheckpointManifest.read(self.path)
             document = manifest.to_json()
-            self.recipe, self.source = manifest.head.recipe.get("name"), document["source"]
+            self.recipe, self.source = recipe_name(manifest.head.recipe), document["source"]
             self.model_size = manifest.head.totals.weight_bytes
         else:
             self.model_size = sum(file.stat().st_size for file in self.path.glob("*.safetensors"))

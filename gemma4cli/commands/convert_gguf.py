@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +49,8 @@ def convert_gguf(
     paths = [path.expanduser() for path in files] if files else [_last_pulled(workspace, console)]
 
     from gemma4cli.quant.gguf import convert
+
+    gc.freeze()  # what was imported is not looked through for garbage again and again
 
     if dry_run:
         plan = convert.plan_conversion(paths)

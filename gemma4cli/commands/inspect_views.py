@@ -9,6 +9,7 @@ from typing import Any
 
 from gemma4cli.console import Console
 from gemma4cli.files import format_bytes
+from gemma4cli.quant.manifest import describe_recipe
 
 Document = dict[str, Any]
 
@@ -87,7 +88,7 @@ def _provenance(console: Console, o: Document) -> None:
         sha256 = largest[1]["sha256"]
         _fact(console, "made from", f"{largest[0]}, {'sha256 ' + sha256[:_HASH] if sha256 else 'not hashed'}")
     bits = f"; {totals['bits_per_weight']:.2f} bits per weight" if totals else ""
-    _fact(console, "recipe", f"{recipe['name']}: {recipe['description']}{bits}" if recipe else "none: not quantized")
+    _fact(console, "recipe", f"{describe_recipe(recipe)}{bits}" if recipe else _without_recipe(source))
     if o["reencoded"]:
         worst = max(record["relative_error"] for record in o["reencoded"].values())
         _fact(console, "re-encoded", f"{len(o['reencoded'])} matrices, relative error up to {worst:.4f}")
@@ -99,6 +100,11 @@ def _provenance(console: Console, o: Document) -> None:
     shown = f"; below: {o['target']} (--target)" if len(targets) > 1 else ""
     _fact(console, "backend", ", ".join((o["backend"], *targets)) + shown)
     _fact(console, "built with", ", ".join(f"{name} {version}" for name, version in o["created_with"].items()))
+
+
+def _without_recipe(source: Document) -> str:
+    """Earlier versions kept none of a GGUF file whose weights were packed without a checkpoint in between."""
+    return "not recorded: packed from a GGUF file" if source["kind"] == "gguf" else "none: not quantized"
 
 
 def _checked(o: Document) -> str:

@@ -28,6 +28,7 @@ from gemma4cli.export.bundle import (
     write_manifest,
 )
 from gemma4cli.export.contract import MIN_PREFILL_TOKENS, Contract
+from gemma4cli.export.sources import PlannedCheckpoint
 from gemma4cli.files import atomic_directory, require_absent, require_free_space, write_json
 from gemma4cli.model.config import Gemma4Config
 from gemma4cli.model.settings import GenerationDefaults
@@ -162,11 +163,12 @@ def _open(spec: ExportSpec, progress: Progress) -> Checkpoint:
 @contextlib.contextmanager
 def _model_files(spec: ExportSpec, reader: Checkpoint) -> Iterator[Path]:
     """Yield the folder with the model's own small files, which a GGUF file holds as metadata."""
-    if not isinstance(reader, GGUFCheckpoint):
+    assets = reader.assets if isinstance(reader, GGUFCheckpoint | PlannedCheckpoint) else None
+    if assets is None:
         yield spec.checkpoint
         return
     with tempfile.TemporaryDirectory(prefix="g4-") as name:
-        for file, content in reader.assets.items():
+        for file, content in assets.items():
             (Path(name) / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         yield Path(name)
 
@@ -279,9 +281,11 @@ def _describe_model(reader: Checkpoint, checkpoint: Path, progress: Progress) ->
     if reader.manifest is not None:
         head = reader.manifest.head
         return {"source": asdict(head.source), "recipe": head.recipe, "totals": asdict(head.totals)}
-    is_gguf = checkpoint.is_file()
-    files = [checkpoint] if is_gguf else [*sorted(checkpoint.glob("*.safetensors")), *find_assets(checkpoint)]
-    source = identify_source("gguf" if is_gguf else "safetensors", checkpoint, files, progress)
+    if isinstance(reader, GGUFCheckpoint):
+        source = identify_source("gguf", checkpoint, reader.files, progress)
+        return {"source": asdict(source), "recipe": reader.recipe, "totals": asdict(reader.totals)}
+    files = [*sorted(checkpoint.glob("*.safetensors")), *find_assets(checkpoint)]
+    source = identify_source("safetensors", checkpoint, files, progress)
     return {"source": asdict(source), "recipe": None, "totals": None}
 
 

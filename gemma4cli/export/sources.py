@@ -10,7 +10,7 @@ from torch import Tensor
 from gemma4cli.errors import G4Error
 from gemma4cli.model.config import Gemma4Config
 from gemma4cli.progress import SILENT, Progress
-from gemma4cli.quant.gguf.convert import ensure_converted
+from gemma4cli.quant.gguf.convert import ConversionPlan, converted_path, ensure_converted, plan_conversion
 from gemma4cli.quant.manifest import CheckpointManifest, SourceRecord, identify_source
 from gemma4cli.quant.quantize import QuantizationPlan, plan_quantization, quantize_checkpoint
 from gemma4cli.quant.recipe import Recipe
@@ -18,13 +18,19 @@ from gemma4cli.workspace import name_of
 
 
 class PlannedCheckpoint:
-    """A checkpoint that does not exist yet: names and shapes without data, for planning what comes after it."""
+    """A checkpoint that does not exist yet: names and shapes without data, for planning what comes after it.
+
+    Attributes:
+        assets: the model's own files when they do not lie with the source: file name -> bytes.
+    """
 
     is_quantized = True
     manifest = None
 
-    def __init__(self, config: Gemma4Config, layout: Mapping[str, Tensor]) -> None:
-        self.config = config
+    def __init__(
+        self, config: Gemma4Config, layout: Mapping[str, Tensor], assets: Mapping[str, bytes | Path] | None = None
+    ) -> None:
+        self.config, self.assets = config, assets
         self._layout = layout
 
     def names(self) -> list[str]:
@@ -35,8 +41,10 @@ class PlannedCheckpoint:
         return self._layout[name]
 
 
-def planned(plan: QuantizationPlan) -> PlannedCheckpoint:
-    """Return the checkpoint that a quantization would write."""
+def planned(plan: QuantizationPlan | ConversionPlan) -> PlannedCheckpoint:
+    """Return the checkpoint that a quantization or a conversion would write."""
+    if isinstance(plan, ConversionPlan):
+        return PlannedCheckpoint(plan.config, plan.checkpoint.layout, plan.checkpoint.assets)
     return PlannedCheckpoint(plan.reader.config, plan.checkpoint.layout)
 
 
@@ -75,8 +83,10 @@ def _is_still(record: SourceRecord, source: Path, progress: Progress) -> bool:
 
 __all__ = [
     "PlannedCheckpoint",
+    "converted_path",
     "ensure_converted",
     "ensure_quantized",
+    "plan_conversion",
     "plan_quantization",
     "planned",
     "quantized_path",

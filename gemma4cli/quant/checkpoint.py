@@ -12,11 +12,8 @@ asks (`verify=True`).
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +33,7 @@ from gemma4cli.model.config import Gemma4Config
 from gemma4cli.model.weights import CheckpointReader, SafetensorsReader
 from gemma4cli.progress import SILENT, Progress, Task
 from gemma4cli.quant.manifest import MANIFEST_FILE, CheckpointManifest, FileRecord, ManifestHead, TensorRecord
-from gemma4cli.quant.shards import ShardPlan, ShardWriter, plan_shards, shard_index
+from gemma4cli.quant.shards import ShardPlan, ShardWriter, explained, plan_shards, shard_index
 from gemma4cli.quant.stored import StoredCheckpoint, check_stored, read_stored
 from gemma4cli.quant.torchao_checkpoint import TorchaoCheckpoint
 from gemma4cli.quant.torchao_format import is_quantized_folder
@@ -44,8 +41,6 @@ from gemma4cli.quant.torchao_format import is_quantized_folder
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 4_000_000_000
 ALWAYS_VERIFIED_BYTES = 1 << 30
-# Enough to keep a disk busy while one of them copies.
-_WRITING_THREADS = 3
 
 _GGUF_MAGIC = b"GGUF"
 _AGAIN = "Quantize again, or copy the folder again."
@@ -165,8 +160,8 @@ class CheckpointPlan:
         return (json.dumps(shard_index(self.shards), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-Produce = Callable[[str, Task], tuple[Tensor, TensorRecord]]
-"""Makes the tensor of a name; advances the task by the tensor's stored bytes on the way."""
+Produce = Callable[[str, ShardWriter, Task], TensorRecord]
+"""Makes the tensor of a name and puts it into the shard; advances the task by its stored bytes on the way."""
 
 
 def write_checkpoint(
@@ -179,10 +174,14 @@ def write_checkpoint(
     progress: Progress = SILENT,
     label: str = "quantize",
     fast: bool = False,
+    at_once: int = 1,
 ) -> CheckpointManifest:
-    """Write a quantized checkpoint, one tensor in memory at a time; nothing is at `target` before all of it is there.
+    """Write a quantized checkpoint; nothing is at `target` before all of it is there.
 
-    Args: fast: as for ``ShardWriter``.
+    Args:
+        produce: called for one tensor after the other, so that memory holds one.
+        fast: as for ``ShardWriter``.
+        at_once: how many tensors may be worked on at a time, each in a thread of its own when more than one.
 
     A run that was killed leaves its finished shards in `.<name>.partial`, listed in a manifest; the next run with the
     same source, recipe and library versions keeps them, and any other run starts over and says so.
@@ -197,14 +196,12 @@ def write_checkpoint(
         # Making a shard durable and hashing it takes as long as writing it; the next ones are written meanwhile.
         with (
             progress.phase(label, sum(shard.data_bytes for shard in pending)) as task,
-            ThreadPoolExecutor(_WRITING_THREADS) as pool,
             ThreadPoolExecutor(2) as clerks,
         ):
             entries = []
             for shard in pending:
-                with _explained(folder / shard.file):
-                    writer = ShardWriter(folder, shard, pool, fast=fast)
-                records = _fill(writer, folder / shard.file, shard.tensors, produce, task)
+                writer = ShardWriter(folder, shard, fast=fast)
+                records = _fill(writer, lambda name, writer=writer: produce(name, writer, task), shard.tensors, at_once)
                 entries.append(clerks.submit(book.enter, writer, shard, records))
             for entry in entries:
                 entry.result()
@@ -221,9 +218,9 @@ class _Book:
 
     def enter(self, writer: ShardWriter, shard: ShardPlan, records: Mapping[str, TensorRecord]) -> None:
         """Finish a shard and add it; from then on a later run keeps it."""
-        with writer, _explained(self._folder / shard.file):
+        with writer:
             record = writer.finish()
-        with self._lock, _explained(self._folder / MANIFEST_FILE):
+        with self._lock, explained(self._folder / MANIFEST_FILE):
             self.manifest = _with_shard(self._plan, self.manifest, shard.file, record, records)
             write_json(self._folder / MANIFEST_FILE, self.manifest.to_json())
 
@@ -241,19 +238,17 @@ def require_space(target: Path, plan: CheckpointPlan) -> None:
 
 
 def _fill(
-    writer: ShardWriter, file: Path, names: Iterable[str], produce: Produce, task: Task
+    writer: ShardWriter, produce: Callable[[str], TensorRecord], names: Collection[str], at_once: int
 ) -> dict[str, TensorRecord]:
-    """Write a shard's tensors; the writer is left to be finished, and closed only when something fails."""
-    records = {}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(writer)
-        for name in names:
-            tensor, records[name] = produce(name, task)
-            with _explained(file):
-                writer.put(name, tensor)
-            del tensor
-        stack.pop_all()
-    return records
+    """Produce a shard's tensors; the writer is left to be finished, and closed only when something fails."""
+    try:
+        if at_once == 1:
+            return {name: produce(name) for name in names}
+        with ThreadPoolExecutor(at_once) as makers:
+            return dict(zip(names, makers.map(produce, names), strict=True))
+    except BaseException:
+        writer.close()
+        raise
 
 
 def _with_shard(
@@ -278,11 +273,11 @@ def _write_rest(folder: Path, plan: CheckpointPlan, manifest: CheckpointManifest
     contents = {INDEX_FILE: plan.index, **dict(sorted(plan.assets.items()))}
     files = dict(manifest.files)
     for name, content in contents.items():
-        with _explained(folder / name):
+        with explained(folder / name):
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         files[name] = FileRecord.of(folder / name)
     manifest = replace(manifest, files=files)
-    with _explained(folder / MANIFEST_FILE):
+    with explained(folder / MANIFEST_FILE):
         write_json(folder / MANIFEST_FILE, manifest.to_json())
     for path in folder.iterdir():
         if path.name not in files and path.name != MANIFEST_FILE:
@@ -327,20 +322,6 @@ def _is_whole(folder: Path, shard: ShardPlan, earlier: CheckpointManifest, progr
     if not set(shard.tensors) <= set(earlier.tensors) or not _starts_with(path, shard.header):
         return False
     return record.matches(path, progress)
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn a disk that cannot take more into a sentence; the partial folder stays for the next run."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise
-        raise G4Error(
-            f"Writing {path.name} to {path.parent.parent} failed: {os.strerror(error.errno)}.",
-            hint="Make room and run the same command again; what is finished is kept.",
-        ) from None
 
 
 def _asset_bytes(asset: bytes | Path) -> int:

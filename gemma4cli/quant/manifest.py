@@ -20,6 +20,9 @@ MANIFEST_FILE = "g4.json"
 FORMAT = "g4-checkpoint"
 VERSION = 1
 
+GGUF_RECIPE = "gguf"
+"""The name of a recipe that says what a GGUF file held; it has `file_type`, `types` and `weights`."""
+
 R = TypeVar("R")
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -164,6 +167,26 @@ class CheckpointManifest:
         """Read `g4.json` of a folder."""
         path = folder / MANIFEST_FILE
         return cls.from_json(read_json(path), str(path))
+
+
+def recipe_name(recipe: Mapping[str, Any] | None) -> str | None:
+    """Return what people call it: a recipe of ours by its name, a GGUF file's mix by its type (Q4_K_M)."""
+    if recipe is None or recipe["name"] != GGUF_RECIPE:
+        return recipe and recipe["name"]
+    return recipe.get("file_type") or GGUF_RECIPE
+
+
+def describe_recipe(recipe: Mapping[str, Any]) -> str:
+    """Return one line: "default: 4 bits …", or for a GGUF file "GGUF Q4_K_M: Q4_K 81.0 % of weights, Q6_K 19.0 %"."""
+    if recipe["name"] != GGUF_RECIPE:
+        return f"{recipe['name']}: {recipe['description']}"
+    weights: Mapping[str, int] = recipe.get("weights", {})  # manifests of earlier versions have none
+    total = sum(weights.values())
+    # A type below 0.1 % is that of norms and the like.
+    parts = sorted(((count / total, kind) for kind, count in weights.items()), reverse=True)
+    mix = ", ".join(f"{kind} {share:.1%}".replace("%", " %") for share, kind in parts if share >= 0.001)
+    label = " ".join(filter(None, ("GGUF", recipe.get("file_type"))))
+    return f"{label}: {mix or ', '.join(recipe['types'])}"
 
 
 def identify_source(

@@ -42,7 +42,7 @@ from gemma4cli.quant.manifest import (
     identify_source,
 )
 from gemma4cli.quant.recipe import Assignment, QuantSpec, Recipe
-from gemma4cli.quant.shards import stored_bytes
+from gemma4cli.quant.shards import ShardWriter, stored_bytes
 from gemma4cli.quant.tensors import MatrixBuilder
 
 REQUIRED_ASSETS = ("config.json", "generation_config.json", "tokenizer.json")
@@ -161,8 +161,10 @@ def quantize_checkpoint(
         progress.note(f"Rule {number} of recipe {recipe.name} matches no tensor of this model.")
     by_name = {a.name: a for a in plan.assignments}
 
-    def produce(name: str, task: Task) -> tuple[Tensor, TensorRecord]:
-        return _produce(plan, by_name[name], compute, task)
+    def produce(name: str, shard: ShardWriter, task: Task) -> TensorRecord:
+        tensor, record = _produce(plan, by_name[name], compute, task)
+        shard.put(name, tensor)
+        return record
 
     head = ManifestHead(_created_with(compute), _identify(source, plan, progress), recipe.to_json(), plan.totals)
     return write_checkpoint(target, plan.checkpoint, head, produce, force=force, progress=progress)

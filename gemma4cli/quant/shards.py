@@ -9,24 +9,27 @@ A shard being written is named `….partial`; its final name means that it is co
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gemma4cli.bulk_file import BulkFile
+from gemma4cli.bulk_file import BulkFile, memory_for
+from gemma4cli.errors import G4Error
 from gemma4cli.quant.manifest import FastFileRecord, FileRecord
 from gemma4cli.quant.torchao_format import part_keys
 from gemma4cli.quant.torchao_types import flatten_tensor_state_dict
 
-# What a thread writes at a time.
-_SHARE_BYTES = 8 << 20
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -124,21 +127,22 @@ def _tensor_keys(name: str, metadata: Mapping[str, str]) -> dict[str, str]:
 class ShardWriter:
     """Writes one planned shard; as a context manager it leaves nothing open when something fails."""
 
-    def __init__(self, folder: Path, plan: ShardPlan, pool: ThreadPoolExecutor, *, fast: bool = False) -> None:
+    def __init__(self, folder: Path, plan: ShardPlan, *, fast: bool = False) -> None:
         """Start the file.
 
-        Args:
-            pool: whose threads write.
-            fast: take a CRC-32 on the way instead of a SHA-256 afterwards, and write past the page cache.
+        Args: fast: take a CRC-32 on the way instead of a SHA-256 afterwards, and write past the page cache.
+        Raises: G4Error, as everything here, when the disk cannot take more.
         """
-        self._plan, self._pool, self._fast = plan, pool, fast
+        self._plan, self._fast = plan, fast
         self._path = folder / plan.file
         self._partial = folder / f"{plan.file}.partial"
-        self._missing = set(plan.spans)
-        self._file = BulkFile(self._partial, plan.nbytes, past_cache=fast, checksum=fast)
+        self._missing = {key: end - start for key, (start, end) in plan.spans.items()}
+        self._lock = Lock()
+        with explained(self._path):
+            self._file = BulkFile(self._partial, plan.nbytes, past_cache=fast, checksum=fast)
         try:
-            self._file.write(memoryview(plan.header), 0)
-        except OSError:
+            self._write(memoryview(plan.header), 0)
+        except G4Error:
             self._file.close()
             raise
 
@@ -148,36 +152,72 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file, whole or not."""
         self._file.close()
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; its pieces must have the planned shapes and dtypes."""
-        pending = []
+    def put(self, name: str, tensor: Tensor, *, but: str | None = None) -> None:
+        """Write one tensor, or all of it but one attribute; its pieces must have the planned shapes and dtypes."""
         for attribute, key in self._plan.tensors[name].items():
+            if attribute == but:
+                continue
             piece = getattr(tensor, attribute) if attribute else tensor
             data = memoryview(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
             start, end = self._plan.spans[key]
             assert data.nbytes == end - start, f"{key} has {data.nbytes} bytes, planned were {end - start}"
-            for first, last in _shares(start, end):
-                pending.append(self._pool.submit(self._file.write, data[first - start : last - start], first))
-            self._missing.remove(key)
-        wait(pending)
-        for share in pending:
-            share.result()
+            self._put(key, 0, data)
+
+    def put_rows(self, name: str, attribute: str, first: int, rows: np.ndarray) -> None:
+        """Write some rows of a tensor's attribute (of itself: ""), the first of which is row `first` of the whole.
+
+        Safe to call from several threads. rows: contiguous, its first dimension is the tensor's.
+        """
+        data = memoryview(rows.reshape(-1).view(np.uint8))
+        self._put(self._plan.tensors[name][attribute], first * (data.nbytes // len(rows)), data)
+
+    def memory(self, name: str, attribute: str, first: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return memory to put such rows into, from which `put_rows` writes them as they lie there.
+
+        It is the calling thread's until it asks again.
+        """
+        start, _ = self._plan.spans[self._plan.tensors[name][attribute]]
+        count = math.prod(shape) * dtype.itemsize
+        return np.frombuffer(memory_for(start + first * (count // shape[0]), count), dtype).reshape(shape)
 
     def finish(self) -> FileRecord:
         """Make the shard durable and give it its final name."""
-        assert not self._missing, f"{self._plan.file} lacks {sorted(self._missing)}"
-        self._file.finish()
-        os.replace(self._partial, self._path)
+        unwritten = sorted(key for key, left in self._missing.items() if left)
+        assert not unwritten, f"{self._plan.file} lacks {unwritten}"
+        with explained(self._path):
+            self._file.finish()
+            os.replace(self._partial, self._path)
         if self._fast:
             return FastFileRecord(self._plan.nbytes, None, self._file.crc32())
         return FileRecord.of(self._path)
 
+    def _put(self, key: str, offset: int, data: memoryview) -> None:
+        start, end = self._plan.spans[key]
+        assert start + offset + data.nbytes <= end, f"{key} has more bytes than planned"
+        self._write(data, start + offset)
+        with self._lock:
+            self._missing[key] -= data.nbytes
 
-def _shares(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Cut a span of a file where pages end."""
-    while start < end:
-        stop = min(end, (start // _SHARE_BYTES + 1) * _SHARE_BYTES)
-        yield start, stop
-        start = stop
+    def _write(self, data: memoryview, offset: int) -> None:
+        with explained(self._path):
+            self._file.write(data, offset)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a disk that cannot take more into a sentence; the partial folder stays for the next run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        raise G4Error(
+            f"Writing {path.name} to {path.parent.parent} failed: {os.strerror(error.errno)}.",
+            hint="Make room and run the same command again; what is finished is kept.",
+        ) from None

@@ -94,7 +94,7 @@ def test_dry_run_writes_nothing(g4: G4, model: Path, workspace_root: Path, recip
     assert document["fits"] is True
     assert document["total_bytes"] == sum(document["files"].values())
     assert (document["context_length"], document["prefill_chunk"]) == (64, 8)
-    assert (document["quantized_first_bytes"] > 0) == (recipe != "none")
+    assert (document["checkpoint_first_bytes"] > 0) == (recipe != "none")
     assert not workspace_root.exists()
 
 

@@ -101,6 +101,8 @@ def test_the_same_weights_make_the_same_program(g4: RunG4, tmp_path: Path) -> No
 def test_a_gguf_of_floats_is_quantized_on_the_way(g4: RunG4, tmp_path: Path) -> None:
     """The floats are the checkpoint's own, so the export is the checkpoint's, too."""
     file = write(tmp_path / "tiny.gguf", describe(tiny_checkpoint(), GGML.F32))
+    planned = g4("export", file, "--dry-run", *SIZES)
+    assert (planned.code, f"Convert it first: g4 convert-gguf {file}" in planned.err) == (1, True)
     done = g4("export", file, *SIZES)
     assert done.code == 0, done.err
     assert "Converting tiny.gguf to" in done.err
@@ -110,16 +112,26 @@ def test_a_gguf_of_floats_is_quantized_on_the_way(g4: RunG4, tmp_path: Path) -> 
 
 
 def test_a_quantized_gguf_is_exported_as_it_is_and_converted_once(g4: RunG4, tmp_path: Path) -> None:
-    file = write(tmp_path / "tiny-Q4_0.gguf", describe(tiny_checkpoint(), GGML.Q4_0))
+    model = describe(tiny_checkpoint(), GGML.Q4_0).set("general.file_type", 2)
+    file = write(tmp_path / "tiny-Q4_0.gguf", model)
     refused = g4("export", file, "--recipe", "default", *SIZES)
     assert (refused.code, "is quantized already" in refused.err) == (1, True)
-    planned = g4("export", file, "--dry-run")
-    assert (planned.code, f"See first: g4 convert-gguf {file} --dry-run" in planned.err) == (1, True)
+    planned = g4("export", file, "--dry-run", *SIZES)
+    assert planned.code == 0, planned.err
     done = g4("export", file, *SIZES)
     assert done.code == 0, done.err
     bundle = open_bundle(Path(json.loads(done.out)["bundle"]))
     assert bundle.manifest.model["source"]["name"] == "tiny-Q4_0.gguf"
     assert bundle.manifest.model["recipe"]["types"]["Q4_0"] > 0
+    seen = g4("inspect-pte", bundle.path, "--verify")
+    assert "recipe        GGUF Q4_0: Q4_0 9" in seen.out
+    plan = json.loads(planned.out)
+    assert plan["checkpoint_first_bytes"] > 0
+    assert plan["run_memory_bytes"] == bundle.manifest.memory.total_bytes
+    for name, record in bundle.manifest.files.items():
+        assert plan["files"][name] == pytest.approx(record.bytes, rel=0.5), name
+    again = json.loads(g4("export", file, "--dry-run", *SIZES).out)
+    assert again["checkpoint_first_bytes"] == 0
     asked = ("--raw", "--prompt", "abc", "--temperature", "0", "--max-new-tokens", "4", "--quiet")
     assert g4("run", bundle.path, *asked).code == 0
     eager = g4("run", file, *(option for option in asked if option != "--quiet"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,15 @@ from gemma4cli.errors import G4Error
 from gemma4cli.progress import Task
 from gemma4cli.quant import checkpoint
 from gemma4cli.quant.checkpoint import CheckpointPlan, open_checkpoint, write_checkpoint
-from gemma4cli.quant.manifest import CheckpointManifest, ManifestHead, SourceRecord, TensorRecord, Totals
+from gemma4cli.quant.manifest import (
+    CheckpointManifest,
+    ManifestHead,
+    SourceRecord,
+    TensorRecord,
+    Totals,
+    describe_recipe,
+    recipe_name,
+)
 from gemma4cli.quant.quantize import quantize_checkpoint
 from gemma4cli.quant.recipe import load_recipe
 from gemma4cli.quant.shards import ShardWriter, plan_shards
@@ -97,7 +104,7 @@ def test_tensors_of_odd_size_leave_the_next_one_aligned(tmp_path: Path) -> None:
     tensors = {"m.b": torch.arange(3, dtype=torch.uint8), "m.a": torch.arange(5.0).bfloat16(), "m.c": torch.arange(3.0)}
     plan = plan_shards({name: tensor.to("meta") for name, tensor in tensors.items()}, 1 << 20)[0]
     assert all(plan.spans[name][0] % tensor.itemsize == 0 for name, tensor in tensors.items())
-    with ThreadPoolExecutor(1) as pool, ShardWriter(tmp_path, plan, pool) as writer:
+    with ShardWriter(tmp_path, plan) as writer:
         for name, tensor in tensors.items():
             writer.put(name, tensor)
         writer.finish()
@@ -125,8 +132,9 @@ def test_any_class_that_torchao_can_flatten_is_written(tmp_path: Path) -> None:
             *(part.to(device) for part in parts), getattr(torch, f"int{bits}"), [1, 16], torch.bfloat16, None
         )
 
-    def produce(name: str, task: Task) -> tuple[torch.Tensor, TensorRecord]:
-        return make(int(name[-1]), "cpu"), TensorRecord("int", (4, 64), 9.5, 16, "Q6_K", None, None)
+    def produce(name: str, shard: ShardWriter, task: Task) -> TensorRecord:
+        shard.put(name, make(int(name[-1]), "cpu"))
+        return TensorRecord("int", (4, 64), 9.5, 16, "Q6_K", None, None)
 
     head = ManifestHead({}, SourceRecord("gguf", "x", None, {}), {}, Totals(1, 1, 1, 1.0))
     plan = CheckpointPlan({f"m.w{bits}": make(bits, "meta") for bits in (5, 6)}, {"config.json": b"{}"})
@@ -232,7 +240,12 @@ def test_tensors_are_compared_with_the_config(copy: Path, drop: str | None, extr
         tensors[extra], records[extra] = tensors[like], records[like]
     assets = {name: (copy / name).read_bytes() for name in ("config.json", "tokenizer.json")}
     plan = CheckpointPlan({name: to_meta(tensor) for name, tensor in tensors.items()}, assets)
-    write_checkpoint(copy, plan, reader.manifest.head, lambda name, task: (tensors[name], records[name]), force=True)
+
+    def produce(name: str, shard: ShardWriter, task: Task) -> TensorRecord:
+        shard.put(name, tensors[name])
+        return records[name]
+
+    write_checkpoint(copy, plan, reader.manifest.head, produce, force=True)
     with pytest.raises(G4Error, match=message):
         open_checkpoint(copy)
 
@@ -259,3 +272,22 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(G4Error, match=r"config\.json does not exist"):
         open_checkpoint(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "line"),
+    [
+        ({"name": "default", "description": "4 bits"}, "default", "default: 4 bits"),
+        (
+            {"name": "gguf", "file_type": "Q4_K_M", "types": {}, "weights": {"F32": 1, "Q4_K": 8100, "Q6_K": 1899}},
+            "Q4_K_M",
+            "GGUF Q4_K_M: Q4_K 81.0 %, Q6_K 19.0 %",
+        ),
+        ({"name": "gguf", "file_type": None, "types": {}, "weights": {"Q4_0": 1}}, "gguf", "GGUF: Q4_0 100.0 %"),
+        ({"name": "gguf", "types": {"F32": 2, "Q4_0": 3}}, "gguf", "GGUF: F32, Q4_0"),
+    ],
+)
+def test_a_recipe_in_one_line(recipe: dict[str, object], name: str, line: str) -> None:
+    """The last one is as earlier versions stored it."""
+    assert recipe_name(recipe) == name
+    assert describe_recipe(recipe) == line

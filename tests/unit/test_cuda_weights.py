@@ -128,6 +128,8 @@ def test_a_gguf_checkpoint_reads_like_a_converted_one(folder: Path, tmp_path: Pa
     assert source.is_quantized
     assert source.config == converted.config
     assert source.names() == converted.names()
+    assert source.recipe == converted.manifest.head.recipe
+    assert source.totals.parameters == converted.manifest.head.totals.parameters
     assert source.assets["tokenizer.json"] == (tmp_path / "converted" / "tokenizer.json").read_bytes()
     for (name, tensor), (_, expected) in zip(source.stream(), converted.stream(), strict=True):
         assert type(tensor) is type(expected), name

@@ -15,6 +15,7 @@ and the value of a weight, with code in its unsigned or signed form as the type 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,10 +24,11 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as GGML
 from gguf.quants import IQ4_NL
 
-_LOW = np.uint64(0x000F000F000F000F)
-_HIGH = np.uint64(0x00F000F000F000F0)
-_FOUR = np.uint64(4)
+from gemma4cli.native import load_codes
+
 _RUN = np.dtype((np.void, 32))
+# What is decoded at a time, and all that is computed on the way, stays in the second-level cache.
+_SLAB_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Blocks:
     step: np.ndarray
 
 
+Decode = Callable[[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray], None]
+"""Decodes blocks uint8 [n, bytes] into `codes`, `sub` and `step`: contiguous arrays of as many bytes as in `Blocks`."""
+
+
 @dataclass(frozen=True)
 class BlockFormat:
     """How one GGUF type is kept: bits and group of its codes, whether groups have a minimum, and the decoder."""
@@ -47,12 +53,37 @@ class BlockFormat:
     group_size: int
     has_min: bool
     two_level: bool
-    decode: Callable[[np.ndarray], Blocks]
+    decode: Decode
 
     @property
     def block_size(self) -> int:
         """Weights per block."""
         return GGML_QUANT_SIZES[self.type][0]
+
+
+def _native(name: str) -> Decode:
+    """The types that most files have are decoded in C++, some fifteen times faster than by whole-array arithmetic."""
+
+    def decode(block: np.ndarray, codes: np.ndarray, sub: np.ndarray | None, step: np.ndarray) -> None:
+        arrays = (block, codes, sub, step)
+        assert all(array is None or array.flags.c_contiguous for array in arrays)
+        start, *targets = (ctypes.c_void_p(None if array is None else array.ctypes.data) for array in arrays)
+        load_codes()[f"g4_split_{name}"](start, ctypes.c_int64(len(block)), *targets)
+
+    return decode
+
+
+def _by_arrays(take_apart: Callable[[np.ndarray], Blocks]) -> Decode:
+    def decode(block: np.ndarray, codes: np.ndarray, sub: np.ndarray | None, step: np.ndarray) -> None:
+        count = max(1, _SLAB_BYTES // block.shape[1])
+        targets = [None if array is None else array.reshape(len(block), -1) for array in (codes, sub, step)]
+        for start in range(0, len(block), count):
+            blocks = take_apart(block[start : start + count])
+            for target, part in zip(targets, (blocks.codes, blocks.sub, blocks.step), strict=True):
+                if target is not None:
+                    target[start : start + count] = part.reshape(len(part), -1)
+
+    return decode
 
 
 def block_bytes(block: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -62,26 +93,6 @@ def block_bytes(block: np.ndarray, start: int, stop: int) -> np.ndarray:
     """
     item = np.dtype((np.void, stop - start))
     return np.ascontiguousarray(block[:, start:stop].view(item)).view(np.uint8)
-
-
-def _pair_nibbles(packed: np.ndarray) -> np.ndarray:
-    """Regroup nibbles that are half a run apart into neighbours: uint8 [n, runs, w] -> [n, runs * w].
-
-    GGUF keeps code j of a run in byte j's low nibble and code w + j in its high nibble; torchao's Int4Tensor keeps
-    codes 2 j and 2 j + 1 in byte j. Eight bytes at a time; each 16-bit lane ends up with one result byte.
-    """
-    n, runs, width = packed.shape
-    words = packed.view(np.uint64)
-    shifted = words >> _FOUR
-    paired = np.empty((n * runs, 2), np.dtype((np.void, width // 2)))
-    paired[:, 0] = _lane_bytes((words & _LOW) | (shifted & _HIGH)).view(paired.dtype)
-    paired[:, 1] = _lane_bytes((shifted & _LOW) | ((shifted >> _FOUR) & _HIGH)).view(paired.dtype)
-    return paired.view(np.uint8).reshape(n, runs * width)
-
-
-def _lane_bytes(words: np.ndarray) -> np.ndarray:
-    """Return the lower byte of every 16-bit lane, flat."""
-    return words.view(np.uint16).reshape(-1).astype(np.uint8)
 
 
 def _runs(block: np.ndarray) -> np.ndarray:
@@ -108,16 +119,6 @@ def half_pair(block: np.ndarray) -> np.ndarray:
     return block_bytes(block, 0, 4).view(np.float16).reshape(-1, 1, 2)
 
 
-def _q4_0(block: np.ndarray) -> Blocks:
-    codes = _pair_nibbles(block_bytes(block, 2, 18).reshape(-1, 1, 16))
-    return Blocks(codes, None, half_step(block, 0))
-
-
-def _q4_1(block: np.ndarray) -> Blocks:
-    codes = _pair_nibbles(block_bytes(block, 4, 20).reshape(-1, 1, 16))
-    return Blocks(codes, None, _step_and_negated_offset(block))
-
-
 def _step_and_negated_offset(block: np.ndarray) -> np.ndarray:
     """Q4_1 and Q5_1 add an offset where the K-quants subtract a minimum; flipping a sign bit is exact."""
     pair = block_bytes(block, 0, 4).view(np.uint16).reshape(-1, 1, 2)
@@ -142,10 +143,6 @@ def _q5_1(block: np.ndarray) -> Blocks:
     return Blocks(
         _five_bits(block_bytes(block, 8, 24), block_bytes(block, 4, 8)), None, _step_and_negated_offset(block)
     )
-
-
-def _q8_0(block: np.ndarray) -> Blocks:
-    return Blocks(block_bytes(block, 2, 34).view(np.int8), None, half_step(block, 0))
 
 
 def _q3_k(block: np.ndarray) -> Blocks:
@@ -180,36 +177,6 @@ def six_bit_pairs(packed: np.ndarray) -> np.ndarray:
     return pairs.view(np.int8).reshape(-1, 8, 2)
 
 
-def _q4_k(block: np.ndarray) -> Blocks:
-    codes = _pair_nibbles(block_bytes(block, 16, 144).reshape(-1, 4, 32))
-    return Blocks(codes, six_bit_pairs(block_bytes(block, 4, 16)), half_pair(block))
-
-
-def _q5_k(block: np.ndarray) -> Blocks:
-    high, low = block_bytes(block, 16, 48), _runs(block_bytes(block, 48, 176))
-    codes = []
-    for group in range(8):
-        nibble = low[group // 2] & 15 if group % 2 == 0 else low[group // 2] >> 4
-        codes.append((nibble | (((high >> group) & 1) << 4)) - np.uint8(16))
-    sub, step = six_bit_pairs(block_bytes(block, 4, 16)), half_pair(block)
-    return Blocks(_join_runs(codes), sub, step)
-
-
-def _q6_k(block: np.ndarray) -> Blocks:
-    low, high = _runs(block_bytes(block, 0, 128)), _runs(block_bytes(block, 128, 192))
-    codes = []
-    for half in range(2):
-        first, second, top = low[2 * half], low[2 * half + 1], high[half]
-        codes += [
-            (first & 15) | ((top << 4) & 0x30),
-            (second & 15) | ((top << 2) & 0x30),
-            (first >> 4) | (top & 0x30),
-            (second >> 4) | ((top >> 2) & 0x30),
-        ]
-    sub = block_bytes(block, 192, 208).view(np.int8)
-    return Blocks(_join_runs([code - np.uint8(32) for code in codes]), sub, half_step(block, 208))
-
-
 # The points of the non-uniform 4-bit grid are whole numbers. A byte of two codes -> its low and its high code's point.
 _IQ4_LOW, _IQ4_HIGH = (
     np.array(IQ4_NL.kvalues, np.int8)[codes].tobytes() for codes in (np.arange(256) & 15, np.arange(256) >> 4)
@@ -239,17 +206,17 @@ def _iq4_xs(block: np.ndarray) -> Blocks:
 FORMATS = {
     block_format.type: block_format
     for block_format in (
-        BlockFormat(GGML.Q4_0, 4, 32, has_min=False, two_level=False, decode=_q4_0),
-        BlockFormat(GGML.Q4_1, 4, 32, has_min=True, two_level=False, decode=_q4_1),
-        BlockFormat(GGML.Q5_0, 5, 32, has_min=False, two_level=False, decode=_q5_0),
-        BlockFormat(GGML.Q5_1, 5, 32, has_min=True, two_level=False, decode=_q5_1),
-        BlockFormat(GGML.Q8_0, 8, 32, has_min=False, two_level=False, decode=_q8_0),
-        BlockFormat(GGML.Q3_K, 3, 16, has_min=False, two_level=True, decode=_q3_k),
-        BlockFormat(GGML.Q4_K, 4, 32, has_min=True, two_level=True, decode=_q4_k),
-        BlockFormat(GGML.Q5_K, 5, 32, has_min=True, two_level=True, decode=_q5_k),
-        BlockFormat(GGML.Q6_K, 6, 16, has_min=False, two_level=True, decode=_q6_k),
-        BlockFormat(GGML.IQ4_NL, 8, 32, has_min=False, two_level=False, decode=_iq4_nl),
-        BlockFormat(GGML.IQ4_XS, 8, 32, has_min=False, two_level=True, decode=_iq4_xs),
+        BlockFormat(GGML.Q4_0, 4, 32, has_min=False, two_level=False, decode=_native("q4_0")),
+        BlockFormat(GGML.Q4_1, 4, 32, has_min=True, two_level=False, decode=_native("q4_1")),
+        BlockFormat(GGML.Q5_0, 5, 32, has_min=False, two_level=False, decode=_by_arrays(_q5_0)),
+        BlockFormat(GGML.Q5_1, 5, 32, has_min=True, two_level=False, decode=_by_arrays(_q5_1)),
+        BlockFormat(GGML.Q8_0, 8, 32, has_min=False, two_level=False, decode=_native("q8_0")),
+        BlockFormat(GGML.Q3_K, 3, 16, has_min=False, two_level=True, decode=_by_arrays(_q3_k)),
+        BlockFormat(GGML.Q4_K, 4, 32, has_min=True, two_level=True, decode=_native("q4_k")),
+        BlockFormat(GGML.Q5_K, 5, 32, has_min=True, two_level=True, decode=_native("q5_k")),
+        BlockFormat(GGML.Q6_K, 6, 16, has_min=False, two_level=True, decode=_native("q6_k")),
+        BlockFormat(GGML.IQ4_NL, 8, 32, has_min=False, two_level=False, decode=_by_arrays(_iq4_nl)),
+        BlockFormat(GGML.IQ4_XS, 8, 32, has_min=False, two_level=True, decode=_by_arrays(_iq4_xs)),
     )
 }
 # Kept as they are, in their own dtype.

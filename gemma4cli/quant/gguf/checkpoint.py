@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -23,6 +24,8 @@ class GGUFCheckpoint:
 
     Attributes:
         assets: the files of a model that its metadata make: file name -> bytes.
+        files: the file, or all parts of a split one.
+        recipe, totals: as a checkpoint's manifest has them; `weight_bytes` are the file's.
     """
 
     manifest = None
@@ -35,6 +38,10 @@ class GGUFCheckpoint:
         plan = plan_conversion(paths)
         self.config: Gemma4Config = plan.config
         self.assets: Mapping[str, bytes | Path] = plan.checkpoint.assets
+        self.files = list(plan.gguf.paths)
+        self.recipe = plan.recipe
+        bits = round(8 * plan.totals.source_bytes / plan.totals.parameters, 4)
+        self.totals = replace(plan.totals, weight_bytes=plan.totals.source_bytes, bits_per_weight=bits)
         self._tensors = plan.tensors
 
     @property

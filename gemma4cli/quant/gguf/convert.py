@@ -2,7 +2,7 @@
 
     metadata -> config.json, generation_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja  (plan)
     tensors  -> layout on the meta device -> files and sizes, known exactly
-    blocks   -> codes and scales -> torchao tensor -> its place in a shard; the next tensor is decoded meanwhile  (run)
+    blocks   -> codes and scales -> their places in a shard, some rows at a time                                  (run)
 
 What is kept exactly, and what is not, is in docs/gguf.md. Every tensor's error against gguf-py's decoder is measured
 and put into the manifest: on some rows where codes and scales are kept, on all of them where they are not.
@@ -16,14 +16,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from gguf.constants import LlamaFileType
 
 from gemma4cli import __version__
 from gemma4cli.errors import G4Error
@@ -33,28 +33,31 @@ from gemma4cli.progress import SILENT, Progress, Task
 from gemma4cli.quant.checkpoint import CheckpointPlan, write_checkpoint
 from gemma4cli.quant.gguf.blocks import FLOAT_TYPES, FORMATS, REQUANTIZED_TYPES, SUPPORTED_TYPES
 from gemma4cli.quant.gguf.convert_tensor import (
+    BYTES_PER_THREAD,
     REQUANTIZED_AS,
-    convert_tensor,
+    bytes_in_memory,
     empty_tensor,
-    measured_error,
+    write_tensor,
 )
 from gemma4cli.quant.gguf.keymap import match_tensors
 from gemma4cli.quant.gguf.metadata import chat_template, read_config, read_generation_config
-from gemma4cli.quant.gguf.reader import GGUF, GGUFTensor, open_gguf
+from gemma4cli.quant.gguf.reader import GGUF, GGUFTensor, Value, open_gguf
 from gemma4cli.quant.gguf.tokenizer import read_vocabulary, tokenizer_config, tokenizer_json
 from gemma4cli.quant.manifest import (
+    GGUF_RECIPE,
     CheckpointManifest,
     ManifestHead,
     TensorRecord,
     Totals,
     identify_source,
 )
-from gemma4cli.quant.shards import stored_bytes
+from gemma4cli.quant.shards import ShardWriter, stored_bytes
 
-# Smaller than when quantizing: there is less time per byte in which to checksum a shard while the next one is written.
 SHARD_BYTES = 2_000_000_000
 _LIBRARIES_BYTES = 450 << 20
 _MAX_THREADS = 8
+# The next tensor keeps the threads busy while the last rows of one are written.
+_AT_ONCE = 2
 _FLOAT_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -76,6 +79,20 @@ class ConversionPlan:
         return dict(sorted(counts.items()))
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """What the file says and holds: its mix by name (None when it names none), tensors and weights of each type."""
+        weights: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            weights[tensor.type.name] += math.prod(tensor.shape)
+        return {
+            "name": GGUF_RECIPE,
+            "file_type": _file_type(self.gguf.metadata.get("general.file_type")),
+            "types": self.types,
+            "weights": dict(sorted(weights.items())),
+            "fingerprint": self.gguf.fingerprint,
+        }
+
+    @property
     def totals(self) -> Totals:
         parameters = sum(math.prod(shape) for shape in self.config.parameter_shapes().values())
         weight_bytes = self.checkpoint.weight_bytes
@@ -84,9 +101,9 @@ class ConversionPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """An upper estimate of the process's resident memory: the two largest neighbours, one decoded ahead."""
-        sizes = [stored_bytes(name, tensor) for name, tensor in self.checkpoint.layout.items()]
-        return _LIBRARIES_BYTES + max(map(sum, zip(sizes, [*sizes[1:], 0], strict=True)))
+        """An upper estimate of the process's resident memory."""
+        sizes = [bytes_in_memory(source) for source in self.tensors.values()]
+        return _LIBRARIES_BYTES + _threads() * BYTES_PER_THREAD + sum(sorted(sizes)[-_AT_ONCE:])
 
 
 def plan_conversion(paths: list[Path], *, shard_bytes: int = SHARD_BYTES) -> ConversionPlan:
@@ -137,19 +154,20 @@ def convert_gguf(
     head = ManifestHead(
         {"g4": __version__, "torch": torch.__version__, "torchao": version("torchao"), "gguf": version("gguf")},
         identify_source("gguf", plan.gguf.paths[0], list(plan.gguf.paths), known_hashes_only=True),
-        {"name": "gguf", "types": plan.types, "fingerprint": plan.gguf.fingerprint},
+        plan.recipe,
         plan.totals,
     )
-    with _Producer(plan) as producer:
+    with ThreadPoolExecutor(_threads()) as pool:
         return write_checkpoint(
             target,
             plan.checkpoint,
             head,
-            producer.produce,
+            _Producer(plan, pool).produce,
             force=force,
             progress=progress,
             label="convert",
             fast=True,
+            at_once=_AT_ONCE,
         )
 
 
@@ -159,14 +177,20 @@ def ensure_converted(path: Path, checkpoints: Path, progress: Progress = SILENT)
     The folder's name carries the file's fingerprint, so that another file of the same name is another checkpoint, and
     the same file elsewhere is the same one.
     """
-    gguf = open_gguf([path])
-    target = checkpoints / f"{model_name(path)}-{gguf.fingerprint[:12]}"
-    gguf.close()
+    target = converted_path(path, checkpoints)
     if target.is_dir():
         progress.note(f"Using {target}, converted from {path.name} earlier.")
     else:
         progress.note(f"Converting {path.name} to {target}.")
         convert_gguf([path], target, progress=progress)
+    return target
+
+
+def converted_path(path: Path, checkpoints: Path) -> Path:
+    """Return where `ensure_converted` keeps a file's checkpoint."""
+    gguf = open_gguf([path])
+    target = checkpoints / f"{model_name(path)}-{gguf.fingerprint[:12]}"
+    gguf.close()
     return target
 
 
@@ -194,39 +218,23 @@ def remarks(plan: ConversionPlan) -> list[str]:
 
 
 class _Producer:
-    """Decodes tensors in the order of the plan, one ahead of the one being written."""
+    """Converts tensors, each on all threads."""
 
-    def __init__(self, plan: ConversionPlan) -> None:
-        self._plan = plan
-        self._names = list(plan.tensors)
-        self._next: dict[str, Future[tuple[Tensor, TensorRecord]]] = {}
+    def __init__(self, plan: ConversionPlan, pool: ThreadPoolExecutor) -> None:
+        self._plan, self._pool = plan, pool
 
-    def __enter__(self) -> _Producer:
-        self._pool = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
-        self._ahead = ThreadPoolExecutor(1)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ahead.shutdown(cancel_futures=True)
-        self._pool.shutdown(cancel_futures=True)
-
-    def produce(self, name: str, task: Task) -> tuple[Tensor, TensorRecord]:
-        """Return one tensor and its record; resumed runs skip names, so what is ahead is looked up by name."""
-        future = self._next.pop(name, None) or self._ahead.submit(self._convert, name)
-        position = self._names.index(name) + 1
-        if position < len(self._names):
-            following = self._names[position]
-            self._next[following] = self._ahead.submit(self._convert, following)
-        tensor, record = future.result()
-        task.advance(stored_bytes(name, self._plan.checkpoint.layout[name]), name)
-        return tensor, record
-
-    def _convert(self, name: str) -> tuple[Tensor, TensorRecord]:
+    def produce(self, name: str, shard: ShardWriter, task: Task) -> TensorRecord:
+        """Write one tensor and return its record."""
         source = self._plan.tensors[name]
-        tensor = convert_tensor(source, self._pool)
+        error = write_tensor(source, shard, name, self._pool)
         stored = stored_bytes(name, self._plan.checkpoint.layout[name])
-        error = measured_error(source, tensor)
-        return tensor, _record(source, stored, error)
+        task.advance(stored, name)
+        return _record(source, stored, error)
+
+
+def _threads() -> int:
+    """Two more than cores: while one writes, another computes."""
+    return min(_MAX_THREADS, (os.cpu_count() or 1) + 2)
 
 
 def _record(source: GGUFTensor, stored: int, error: float) -> TensorRecord:
@@ -246,6 +254,14 @@ def _record(source: GGUFTensor, stored: int, error: float) -> TensorRecord:
         float(f"{error:.6g}"),
         round(-20 * math.log10(error), 3) if error else None,
     )
+
+
+def _file_type(number: Value | None) -> str | None:
+    """`general.file_type` as people write it: 15 -> Q4_K_M."""
+    try:
+        return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except ValueError:
+        return None
 
 
 def _check_types(gguf: GGUF) -> None:

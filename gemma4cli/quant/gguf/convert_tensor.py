@@ -1,14 +1,14 @@
 """One GGUF tensor -> the torchao (or plain) tensor that holds it in a checkpoint.
 
-Rows are decoded in slabs that fit the processor's cache, on a few threads (numpy releases the interpreter lock), into
-arrays of the final layout; so memory stays near the size of the result.
+Some rows at a time are decoded, on a few threads (the interpreter lock is released meanwhile): into arrays of the final
+layout, or on their way into a file.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -22,12 +22,14 @@ from gemma4cli.quant.gguf.reader import GGUFTensor
 from gemma4cli.quant.gguf.tensors import GGUFInt4Tensor, GGUFIntxTensor
 from gemma4cli.quant.groupwise import CodeRange, encode, in_groups, min_max_parameters
 from gemma4cli.quant.recipe import QuantSpec
+from gemma4cli.quant.shards import ShardWriter
 from gemma4cli.quant.tensors import MatrixBuilder, dequantize
 from gemma4cli.quant.torchao_types import Int4Tensor, IntxUnpackedToInt8Tensor
 
-# A slab and its temporaries stay in the second-level cache; a share is what a thread takes at a time.
-_SLAB_BYTES = 256 << 10
-_SHARE_BYTES = 8 << 20
+# What a thread takes at a time.
+_SHARE_BYTES = 4 << 20
+# A share's codes, two bytes for each byte of a GGUF at most, and the buffers for writing them.
+BYTES_PER_THREAD = 16 << 20
 _SAMPLE_WEIGHTS = 1 << 14
 _FLOAT_DTYPES = {GGML.F32: torch.float32, GGML.F16: torch.float16, GGML.BF16: torch.bfloat16}
 # What a type without a form of its own becomes.
@@ -42,8 +44,46 @@ def convert_tensor(source: GGUFTensor, pool: ThreadPoolExecutor | None) -> Tenso
     if source.type in FLOAT_TYPES:
         return _plain(source)
     if source.type in FORMATS:
-        return _decode(source, pool)
+        return _decode(source, pool, None)
     return _requantize(source, pool)
+
+
+def write_tensor(source: GGUFTensor, shard: ShardWriter, name: str, pool: ThreadPoolExecutor) -> float:
+    """Convert a tensor into its place in a shard, and return its error as ``measured_error`` does.
+
+    Of a matrix whose codes are kept memory holds the scales only, besides what each thread is at.
+    """
+    if source.type in FLOAT_TYPES:
+        dtype = FLOAT_TYPES[source.type]
+        _each_share(source, lambda at, to: shard.put_rows(name, "", at, source.blocks(at, to).view(dtype)), pool)
+        return 0.0
+    if source.type in FORMATS:
+        shard.put(name, _decode(source, pool, shard, name), but="qdata")
+        return measured_error(source, _Rows(source))
+    tensor = _requantize(source, pool)
+    shard.put(name, tensor)
+    return measured_error(source, tensor)
+
+
+def bytes_in_memory(source: GGUFTensor) -> int:
+    """Return what `write_tensor` keeps of a tensor in memory, besides what each thread is at."""
+    if source.type in FLOAT_TYPES:
+        return 0
+    tensor = empty_tensor(source)
+    parts = [getattr(tensor, part) for part in (*tensor.tensor_data_names, *tensor.optional_tensor_data_names)]
+    return sum(
+        part.nbytes for part in parts if part is not None and (part is not tensor.qdata or source.type not in FORMATS)
+    )
+
+
+class _Rows:
+    """A tensor whose rows are converted when asked for."""
+
+    def __init__(self, source: GGUFTensor) -> None:
+        self._source = source
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return convert_tensor(self._source.slice(rows.start, rows.stop), None)
 
 
 def empty_tensor(source: GGUFTensor) -> Tensor:
@@ -51,11 +91,11 @@ def empty_tensor(source: GGUFTensor) -> Tensor:
     if source.type in FLOAT_TYPES:
         return torch.empty(source.shape, dtype=_FLOAT_DTYPES[source.type], device="meta")
     if source.type in FORMATS:
-        return _assemble(source, FORMATS[source.type], *_parts(source, FORMATS[source.type], "meta"))
+        return _assemble(source, FORMATS[source.type], *_parts(source, FORMATS[source.type], "meta", "meta"))
     return MatrixBuilder(_matrix(source), REQUANTIZED_AS, "meta").finish()
 
 
-def measured_error(source: GGUFTensor, tensor: Tensor) -> float:
+def measured_error(source: GGUFTensor, tensor: Tensor | _Rows) -> float:
     """Return |stored - original| / |original| with gguf-py's decoder as the original (0 for a tensor of zeros).
 
     Where codes and scales are kept there is nothing to average: some rows, spread over the tensor, show it. A type that
@@ -88,23 +128,27 @@ def _pieces(start: int, stop: int, row_bytes: int, piece_bytes: int) -> Iterator
         yield first, min(first + step, stop)
 
 
-def _each_slab(source: GGUFTensor, work: Callable[[int, int], None], pool: ThreadPoolExecutor | None) -> None:
-    """Call `work(start, stop)` for slabs of rows, on the pool's threads; rows that are done with leave our memory."""
-    row_bytes = source.nbytes // source.rows
+def _each_share(source: GGUFTensor, work: Callable[[int, int], None], pool: ThreadPoolExecutor | None) -> None:
+    """Call `work(start, stop)` for rows, on the pool's threads; rows that are done with leave our memory."""
 
     def share(start: int, stop: int) -> None:
         source.prefetch(start, min(2 * stop - start, source.rows))  # this share and the next, in large requests
-        for first, last in _pieces(start, stop, row_bytes, _SLAB_BYTES):
-            work(first, last)
+        work(start, stop)
         source.drop_pages(start, stop)
 
-    shares = _pieces(0, source.rows, row_bytes, _SHARE_BYTES)
+    shares = list(_pieces(0, source.rows, source.nbytes // source.rows, _SHARE_BYTES))
     if pool is None:
         for start, stop in shares:
             share(start, stop)
         return
-    for future in [pool.submit(share, start, stop) for start, stop in shares]:
-        future.result()
+    pending = [pool.submit(share, start, stop) for start, stop in shares]
+    wait(pending, return_when=FIRST_EXCEPTION)
+    for future in pending:
+        future.cancel()
+    wait(pending)  # nobody writes any more
+    for future in pending:
+        if not future.cancelled():
+            future.result()
 
 
 def _plain(source: GGUFTensor) -> Tensor:
@@ -119,15 +163,17 @@ def _matrix(source: GGUFTensor) -> tuple[int, int]:
     return source.shape
 
 
-def _parts(source: GGUFTensor, block_format: BlockFormat, device: str) -> tuple[Tensor, Tensor | None, Tensor]:
+def _parts(
+    source: GGUFTensor, block_format: BlockFormat, codes_on: str, scales_on: str = "cpu"
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Allocate (qdata, sub, step) of the shapes in tensors.py."""
     rows, columns = _matrix(source)
     packed = block_format.bits == 4
     pair = (2,) if block_format.has_min else ()
     groups, blocks = columns // block_format.group_size, columns // block_format.block_size
-    codes = _empty((rows, columns // 2 if packed else columns), torch.uint8 if packed else torch.int8, device)
-    sub = _empty((rows, groups, *pair), torch.int8, device) if block_format.two_level else None
-    return codes, sub, _empty((rows, blocks, *pair), torch.float16, device)
+    codes = _empty((rows, columns // 2 if packed else columns), torch.uint8 if packed else torch.int8, codes_on)
+    sub = _empty((rows, groups, *pair), torch.int8, scales_on) if block_format.two_level else None
+    return codes, sub, _empty((rows, blocks, *pair), torch.float16, scales_on)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
@@ -137,22 +183,29 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def _decode(source: GGUFTensor, pool: ThreadPoolExecutor | None) -> Tensor:
+def _decode(source: GGUFTensor, pool: ThreadPoolExecutor | None, shard: ShardWriter | None, name: str = "") -> Tensor:
+    """Take all blocks apart. With a shard the codes go there, and the result's own are on the meta device."""
     block_format = FORMATS[source.type]
-    parts = _parts(source, block_format, "cpu")
-    arrays = [None if part is None else part.numpy() for part in parts]
-    block_bytes = source.nbytes // source.rows // parts[2].shape[1]
+    codes, sub, step = _parts(source, block_format, "cpu" if shard is None else "meta")
+    kept = codes.numpy() if shard is None else None
+    dtype = np.dtype(np.uint8 if codes.dtype == torch.uint8 else np.int8)
+    scales = (None if sub is None else sub.numpy(), step.numpy())
+    block_bytes = source.nbytes // source.rows // step.shape[1]
 
     def work(start: int, stop: int) -> None:
-        blocks = block_format.decode(source.blocks(start, stop).reshape(-1, block_bytes))
-        for target, part in zip(arrays, (blocks.codes, blocks.sub, blocks.step), strict=True):
-            if target is not None:
-                target[start:stop] = part.reshape(stop - start, *target.shape[1:])
+        blocks = source.blocks(start, stop).reshape(-1, block_bytes)
+        if shard is None:
+            target = kept[start:stop]
+        else:
+            target = shard.memory(name, "qdata", start, (stop - start, codes.shape[1]), dtype)
+        block_format.decode(blocks, target, *(None if array is None else array[start:stop] for array in scales))
+        if shard is not None:
+            shard.put_rows(name, "qdata", start, target)
 
-    _each_slab(source, work, pool)
-    if not bool(parts[2].isfinite().all()):
+    _each_share(source, work, pool)
+    if not bool(step.isfinite().all()):
         raise _not_finite(source)
-    return _assemble(source, block_format, *parts)
+    return _assemble(source, block_format, codes, sub, step)
 
 
 def _assemble(source: GGUFTensor, block_format: BlockFormat, qdata: Tensor, sub: Tensor | None, step: Tensor) -> Tensor:
@@ -187,5 +240,5 @@ def _requantize(source: GGUFTensor, pool: ThreadPoolExecutor | None) -> Tensor:
         scale, zero_point = min_max_parameters(groups, REQUANTIZED_AS)
         builder.put(start, encode(groups, scale, zero_point.bfloat16().float(), CodeRange.of(REQUANTIZED_AS)))
 
-    _each_slab(source, work, pool)
+    _each_share(source, work, pool)
     return builder.finish()
