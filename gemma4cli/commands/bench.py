@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gemma4cli.benchmark.plan import make_plan, parse_sizes
-from gemma4cli.commands.options import JsonOption, QuietOption, parse_count
+from gemma4cli.commands.options import CompileOption, ContextOption, JsonOption, QuietOption, parse_count
 from gemma4cli.console import Console, open_console
 from gemma4cli.errors import G4Error
 from gemma4cli.workspace import Workspace
@@ -76,17 +76,8 @@ def bench(
             "--device", metavar="NAME", help="Where a checkpoint computes: cpu, cuda, cuda:1.", show_default="cpu"
         ),
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile (checkpoints only).")] = False,
-    ctx: Annotated[
-        int | None,
-        typer.Option(
-            "--ctx",
-            metavar="TOKENS",
-            parser=parse_count,
-            help="Context to allocate (checkpoints only), e.g. 128k.",
-            show_default="4096, or the model's if that is less",
-        ),
-    ] = None,
+    compile: CompileOption = False,
+    ctx: ContextOption = None,
     vs: Annotated[
         str | None,
         typer.Option("--vs", metavar="llama-bench=PATH", help="Also run llama.cpp's llama-bench, in turns with g4."),

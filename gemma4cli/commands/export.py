@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma4cli.commands.options import (
+    ContextOption,
     DryRunOption,
     ForceOption,
     JsonOption,
@@ -80,16 +81,7 @@ def export(
             show_default="that of the GPU here, else 24",
         ),
     ] = None,
-    ctx: Annotated[
-        int | None,
-        typer.Option(
-            "--ctx",
-            metavar="TOKENS",
-            parser=parse_count,
-            help="Context length in tokens, e.g. 4096 or 128k.",
-            show_default="4k, or the model's maximum if that is less",
-        ),
-    ] = None,
+    ctx: ContextOption = None,
     chunk: Annotated[
         int | None,
         typer.Option(

@@ -40,3 +40,14 @@ DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Write nothing: report files, bytes, peak memory, and whether it fits.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1.")]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx",
+        metavar="TOKENS",
+        parser=parse_count,
+        help="Context length in tokens, e.g. 4096 or 128k; an exported bundle has its own.",
+        show_default="4096, or the model's if that is less",
+    ),
+]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Use torch.compile (checkpoints in PyTorch only).")]

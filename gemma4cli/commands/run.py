@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gemma4cli.commands.options import DeviceOption, JsonOption, QuietOption, parse_count
+from gemma4cli.commands.options import CompileOption, ContextOption, DeviceOption, JsonOption, QuietOption
 from gemma4cli.console import Console, open_console
 from gemma4cli.errors import G4Error
 from gemma4cli.workspace import Workspace
@@ -88,17 +88,8 @@ def run(
         ),
     ] = None,
     device: DeviceOption = "cpu",
-    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile (eager only).")] = False,
-    ctx: Annotated[
-        int | None,
-        typer.Option(
-            "--ctx",
-            metavar="TOKENS",
-            parser=parse_count,
-            help="Context length (eager only), e.g. 4096 or 128k.",
-            show_default="4096, or the model's if that is less",
-        ),
-    ] = None,
+    compile: CompileOption = False,
+    ctx: ContextOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
