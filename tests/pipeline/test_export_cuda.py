@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from executorch.exir._serialize._program import deserialize_pte_binary
+from executorch.exir.schema import DeviceType
 
 from gemma4cli.errors import G4Error
 from gemma4cli.export.bundle import open_bundle
@@ -80,6 +81,10 @@ def test_the_program_is_one_call_per_method() -> None:
         assert plans[method].operators == []
         assert len(plans[method].inputs) == 7
         assert len(plans[method].outputs) == 2
+        # On the device, in the caller's memory: ExecuTorch refuses to copy into device memory that it planned itself.
+        for tensor in (plans[method].values[index].val for index in plans[method].inputs):
+            assert tensor.extra_tensor_info.device_type == DeviceType.CUDA
+            assert tensor.allocation_info is None
     assert set(plans) == {*METHODS, *opened.contract.constant_methods()}
     assert opened.manifest.targets == (TARGET,)
 

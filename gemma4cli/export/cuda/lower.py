@@ -24,6 +24,7 @@ from executorch.backends.cuda.cuda_weight_collector import CudaWeightEntry, enco
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir.backend.backend_details import PreprocessResult
+from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.propagate_device_config import PropagateDeviceConfig
 from executorch.exir.tensor import scalar_type_enum
 from torch import Tensor, nn
@@ -187,7 +188,9 @@ def assemble(libraries: Mapping[str, Library], signature: Signature, contract: C
                 # The runner hands over tensors that are on the device already, and fetches what it needs.
                 propagate_device_config=PropagateDeviceConfig(
                     skip_h2d_for_method_inputs=True, skip_d2h_for_method_outputs=True
-                )
+                ),
+                # ExecuTorch copies into inputs that it planned with the host's memcpy; so they must be the caller's.
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
             )
         )
     return program.buffer
