@@ -20,6 +20,7 @@ from gemma4cli.export.cuda.layers import KV_FORMATS, CudaAttention, CudaMLP, Pac
 from gemma4cli.kernels.quantized_matmul import Int8Rows
 from gemma4cli.kernels.quantized_matmul.format import WeightFormat
 from gemma4cli.kernels.residual_norm import residual_norm
+from gemma4cli.kernels.rope_angles import rope_angles
 from gemma4cli.model.config import Gemma4Config, LayerConfig
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.model.layers import RMSNorm
@@ -161,7 +162,7 @@ class CudaModel(nn.Module):
         }
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        angles = {kind: rotary(input_pos) for kind, rotary in self.rotary_emb.items()}
+        angles = {kind: rope_angles(input_pos, rotary.inv_freq) for kind, rotary in self.rotary_emb.items()}
         x = self.embed_tokens.rows_of(tokens[0]).to(self.dtype) * self.constants.embed_scale
         head = self.lm_head or self.embed_tokens
         if tokens.shape[1] == 1:

@@ -23,14 +23,14 @@ def _rotated(
     """Normalize, weigh and rotate a head's vector; both halves rounded to `dtype` where the model's modules round."""
     column = tl.arange(0, HALF)
     inside = column < D // 2
-    first, second, mean = _halves(ptr, head, D, HALF)
-    rms = tl.rsqrt(mean + eps)
     w0 = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     w1 = tl.load(weight_ptr + D // 2 + column, mask=inside, other=0.0).to(tl.float32)
-    first = (first * rms * w0).to(dtype).to(tl.float32)
-    second = (second * rms * w1).to(dtype).to(tl.float32)
     cos = tl.load(cos_ptr + column, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + column, mask=inside, other=0.0)
+    first, second, mean = _halves(ptr, head, D, HALF)
+    rms = tl.rsqrt(mean + eps)
+    first = (first * rms * w0).to(dtype).to(tl.float32)
+    second = (second * rms * w1).to(dtype).to(tl.float32)
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
@@ -80,6 +80,7 @@ def head_rope(
     else:
         kv_head = head - HEADS
         slot = kv_head.to(tl.int64) * S + tl.load(position_ptr) % S
+        value0, value1, mean = _halves(v_ptr, kv_head, D, HALF)
         first, second = _rotated(k_ptr, kv_head, k_weight_ptr, cos_ptr, sin_ptr, eps, D, HALF, dtype)
         cache = k_cache_ptr.dtype.element_ty
         if FOLDED:
@@ -88,7 +89,6 @@ def head_rope(
         else:
             tl.store(k_cache_ptr + slot * D + column, first.to(cache), mask=inside)
             tl.store(k_cache_ptr + slot * D + D // 2 + column, second.to(cache), mask=inside)
-        value0, value1, mean = _halves(v_ptr, kv_head, D, HALF)
         rms = tl.rsqrt(mean + eps)
         tl.store(v_cache_ptr + slot * D + column, (value0 * rms).to(dtype).to(cache), mask=inside)
         tl.store(v_cache_ptr + slot * D + D // 2 + column, (value1 * rms).to(dtype).to(cache), mask=inside)

@@ -13,19 +13,26 @@ from gemma4cli.kernels.quantized_matmul.decode import write_int8
 
 
 @triton.jit
+def _read(residual_ptr, branch_ptr, branch_weight_ptr, k, inside, HAS_BRANCH: tl.constexpr):
+    """Residual, branch and the branch's weight at columns `k`, float32; 0 where there is no branch."""
+    residual = tl.load(residual_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    if not HAS_BRANCH:
+        return residual, residual, residual
+    branch = tl.load(branch_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    return residual, branch, tl.load(branch_weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _hidden(
-    residual_ptr, branch_ptr, branch_weight_ptr, factor_ptr, k, inside, rms,
+    residual, branch, branch_weight, rms, factor, dtype: tl.constexpr,
     HAS_BRANCH: tl.constexpr, HAS_FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """(residual + branch * rms * weight) * factor at columns `k`, rounded to the residual's dtype as it is stored."""
-    dtype = residual_ptr.dtype.element_ty
-    hidden = tl.load(residual_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    """(residual + branch * rms * weight) * factor, rounded to the residual's dtype as it is stored."""
+    hidden = residual
     if HAS_BRANCH:
-        branch = tl.load(branch_ptr + k, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(branch_weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
-        hidden = (hidden + (branch * rms * weight).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+        hidden = (hidden + (branch * rms * branch_weight).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     if HAS_FACTOR:
-        hidden = (hidden * tl.load(factor_ptr).to(tl.float32)).to(dtype).to(tl.float32)
+        hidden = (hidden * factor).to(dtype).to(tl.float32)
     return hidden
 
 
@@ -48,21 +55,21 @@ def residual_norm(
     HAS_FACTOR: tl.constexpr,
 ):
     """reference.residual_norm of one row of K, then ``quantize_rows``; BLOCK_G groups of 32 per program."""
-    dtype = residual_ptr.dtype.element_ty
+    dtype: tl.constexpr = residual_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK_K)
-    whole = column < K
-    rms = 1.0
-    if HAS_BRANCH:
-        branch = tl.load(branch_ptr + column, mask=whole, other=0.0).to(tl.float32)
-        rms = tl.rsqrt(tl.sum(branch * branch, axis=0) / K + eps)
-    row = _hidden(residual_ptr, branch_ptr, branch_weight_ptr, factor_ptr, column, whole, rms, HAS_BRANCH, HAS_FACTOR)
-    norm = tl.rsqrt(tl.sum(row * row, axis=0) / K + eps)
     group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     inside = group < K // 32
     k = group[:, None] * 32 + tl.arange(0, 32)[None, :]
     mask = inside[:, None]
-    part = _hidden(residual_ptr, branch_ptr, branch_weight_ptr, factor_ptr, k, mask, rms, HAS_BRANCH, HAS_FACTOR)
-    tl.store(hidden_ptr + k, part.to(dtype), mask=mask)
+    # Every load before the first sum: weights come from far away, and loads do not move up past a barrier.
+    row = _read(residual_ptr, branch_ptr, branch_weight_ptr, column, column < K, HAS_BRANCH)
+    part = _read(residual_ptr, branch_ptr, branch_weight_ptr, k, mask, HAS_BRANCH)
     weight = tl.load(weight_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    x = (part * norm * weight).to(dtype).to(tl.float32)
+    factor = tl.load(factor_ptr).to(tl.float32) if HAS_FACTOR else 1.0
+    rms = tl.rsqrt(tl.sum(row[1] * row[1], axis=0) / K + eps) if HAS_BRANCH else 1.0
+    whole = _hidden(row[0], row[1], row[2], rms, factor, dtype, HAS_BRANCH, HAS_FACTOR)
+    norm = tl.rsqrt(tl.sum(whole * whole, axis=0) / K + eps)
+    hidden = _hidden(part[0], part[1], part[2], rms, factor, dtype, HAS_BRANCH, HAS_FACTOR)
+    tl.store(hidden_ptr + k, hidden.to(dtype), mask=mask)
+    x = (hidden * norm * weight).to(dtype).to(tl.float32)
     write_int8(x, 0, group, inside, xq_ptr, scale_ptr, total_ptr, K)

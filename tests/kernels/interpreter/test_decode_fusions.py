@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gemma4cli.kernels import rope_angles
 from gemma4cli.kernels.attention import decode
 from gemma4cli.kernels.gated_gelu import kernel as gelu_kernel
 from gemma4cli.kernels.gated_gelu.reference import gated_gelu
@@ -110,3 +111,13 @@ def test_combine_int8(head_dim: int, block_d: int) -> None:
         partial, top, total, *outputs, D=head_dim, SPLITS=splits, BLOCK_D=block_d, dtype=tl.float32
     )
     assert_int8(outputs, out.view(1, -1))
+
+
+def test_rope_angles() -> None:
+    frequency = torch.rand(24, generator=torch.Generator().manual_seed(1)) * (torch.arange(24) < 20)
+    position = torch.tensor([0, 1, 4097, 131071, 262143])
+    cos, sin = torch.full((5, 24), torch.nan), torch.full((5, 24), torch.nan)
+    rope_angles.angles[(5,)](position, frequency, cos, sin, PAIRS=24, BLOCK=32)
+    angle = position[:, None].float() * frequency  # rounded to float32, as the model defines it
+    assert torch.allclose(cos, angle.double().cos().float(), atol=2e-6)
+    assert torch.allclose(sin, angle.double().sin().float(), atol=2e-6)
