@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in shell_blocks(page)]
 # tests/pipeline/test_readme.py runs every block of the README that gives none of these reasons.
-REASONS = {"run by .ci/run", "needs a GPU", "needs a large download"}
+REASONS = {"run by .ci/run", "needs a GPU", "needs a large download", "needs a container"}
 
 
 def commands(block: Block, program: str) -> list[list[str]]:
@@ -51,6 +51,19 @@ def test_reasons_for_not_running_a_block_are_known() -> None:
 def test_the_table_has_every_command_in_order() -> None:
     listed = re.findall(r"^\| `g4 ([a-z-]+)` \|", README, re.MULTILINE)
     assert listed == [name.replace("_", "-") for name in cli.COMMANDS]
+
+
+def test_every_sentence_of_the_troubleshooting_table_is_said_somewhere() -> None:
+    table = README.partition("## When something is wrong")[2].partition("## Layout")[0]
+    sentences = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(sentences) > 8
+    files = [*(ROOT / "gemma4cli").rglob("*.py"), *(ROOT / "runner").glob("*.cpp")]
+    said = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    # Names of packages, backends, targets and folders are filled in when the sentence is said.
+    names = r"…|\b(?:CudaBackend|GPU|libcuda\.so\.1|sm_\d+|exported|bundle|torch(?: [\d.]+)?|g4-runner)\b"
+    for sentence in sentences:
+        for part in re.split(names, sentence):
+            assert part.strip(" .:();") in said, sentence
 
 
 def test_every_path_of_the_layout_exists() -> None:
