@@ -33,7 +33,7 @@ namespace fs = std::filesystem;
 constexpr const char* kFetchAgain = "The bundle is damaged or incomplete; export it again: g4 export --force";
 
 std::unique_ptr<MmapDataLoader> open_file(const fs::path& path) {
-  clear_last_complaint();
+  clear_complaint();
   auto loader = MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
   if (!loader.ok()) throw RunnerError(path.string() + " cannot be read (" + explain(loader.error()) + ").");
   return std::make_unique<MmapDataLoader>(std::move(*loader));

@@ -11,13 +11,14 @@ namespace g4 {
 namespace {
 
 std::mutex mutex;
-std::string last_complaint;
+std::string first_complaint;
 bool verbose = false;
 
 void emit(et_timestamp_t, et_pal_log_level_t level, const char* file, const char*, size_t line, const char* message,
           size_t length) {
   const std::lock_guard<std::mutex> lock(mutex);
-  if (level == kError || level == kFatal) last_complaint.assign(message, length);
+  // What failed first is the cause; what follows repeats it on the way up.
+  if ((level == kError || level == kFatal) && first_complaint.empty()) first_complaint.assign(message, length);
   if (verbose || level == kFatal) {
     std::fprintf(stderr, "%c %s:%zu %.*s\n", static_cast<char>(level), file, line, static_cast<int>(length), message);
   }
@@ -31,16 +32,16 @@ void capture_executorch_log() {
   executorch::runtime::register_pal(executorch::runtime::PalImpl::create(emit, __FILE__));
 }
 
-void clear_last_complaint() {
+void clear_complaint() {
   const std::lock_guard<std::mutex> lock(mutex);
-  last_complaint.clear();
+  first_complaint.clear();
 }
 
 std::string explain(executorch::runtime::Error error) {
   const std::lock_guard<std::mutex> lock(mutex);
   std::string text = executorch::runtime::to_string(error);
   if (const size_t scope = text.rfind(':'); scope != std::string::npos) text.erase(0, scope + 1);
-  return last_complaint.empty() ? text : text + ": " + last_complaint;
+  return first_complaint.empty() ? text : text + ": " + first_complaint;
 }
 
 }  // namespace g4

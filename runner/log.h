@@ -1,4 +1,4 @@
-// ExecuTorch's log: kept quiet, and its last complaint remembered for our error messages.
+// ExecuTorch's log: kept quiet, and its first complaint remembered for our error messages.
 #pragma once
 
 #include <executorch/runtime/core/error.h>
@@ -11,10 +11,10 @@ namespace g4 {
 // otherwise only what precedes an abort does.
 void capture_executorch_log();
 
-// Forgets the last complaint; call before an operation whose failure will be explained.
-void clear_last_complaint();
+// Forgets the complaint; call before an operation whose failure will be explained.
+void clear_complaint();
 
-// "NotFound: kernel 'x' not found." — the error's name and what ExecuTorch last said about it.
+// "NotFound: kernel 'x' not found." — the error's name and what ExecuTorch first said about it.
 std::string explain(executorch::runtime::Error error);
 
 }  // namespace g4

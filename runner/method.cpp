@@ -51,7 +51,7 @@ LoadedMethod::LoadedMethod(const Program& program, const char* name, PlannedMemo
   const auto meta = program.method_meta(name);
   if (!meta.ok()) fail("cannot be read", meta.error());
   manager_.emplace(&method_allocator_, memory.allocator_for(*meta), &temporary_allocator_);
-  clear_last_complaint();
+  clear_complaint();
   auto method = program.load_method(name, &*manager_, /*event_tracer=*/nullptr, weights);
   if (!method.ok()) fail("cannot be loaded", method.error());
   method_.emplace(std::move(*method));
@@ -105,7 +105,7 @@ void LoadedMethod::set_input(size_t index, const void* data, const std::vector<i
 }
 
 void LoadedMethod::execute() {
-  clear_last_complaint();
+  clear_complaint();
   if (const Error error = method_->execute(); error != Error::Ok) fail("failed while running", error);
 }
 

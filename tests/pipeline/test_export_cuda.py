@@ -81,6 +81,8 @@ def test_the_program_is_one_call_per_method() -> None:
         assert plans[method].operators == []
         assert len(plans[method].inputs) == 7
         assert len(plans[method].outputs) == 2
+        (call,) = [step.instr_args for chain in plans[method].chains for step in chain.instructions]
+        assert call.args == [*plans[method].inputs, *plans[method].outputs]
         # On the device, in the caller's memory: ExecuTorch refuses to copy into device memory that it planned itself.
         for tensor in (plans[method].values[index].val for index in plans[method].inputs):
             assert tensor.extra_tensor_info.device_type == DeviceType.CUDA

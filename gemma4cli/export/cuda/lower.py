@@ -197,7 +197,11 @@ def assemble(libraries: Mapping[str, Library], signature: Signature, contract: C
 
 
 class _Signature(nn.Module):
-    """The inputs and outputs of a method and nothing between: every input must be read to stay one."""
+    """The inputs and outputs of a method and nothing between.
+
+    The delegate is handed the inputs in the order in which they are first read here, and the library takes them in the
+    order of the contract.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -213,8 +217,8 @@ class _Signature(nn.Module):
         min_p: Tensor,
         seed: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        token = tokens[0, -1:] + input_pos[-1:] + top_k + seed
-        logits = (temperature + top_p + min_p).expand(1, self._vocab_size) + 0.0
+        read = tokens[0, -1:] + input_pos[-1:] + temperature + top_k + top_p + min_p + seed
+        token, logits = read.long(), read.expand(1, self._vocab_size) + 0.0
         return token, logits
 
 
