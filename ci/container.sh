@@ -85,12 +85,18 @@ for line in listed.stdout.splitlines():
     if name in ("index-url", "extra-index-url", "find-links", "trusted-host", "cert", "timeout", "default-timeout"):
         values[name] = ast.literal_eval(value)
 certificate = values.pop("cert", None) or os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
-folders = set()
+# Folders are mounted where no image has anything, so that none remembers what this machine calls them.
+mounts = {}
 for name in ("index-url", "extra-index-url", "find-links"):
-    for place in values.get(name, "").split():
+    places = values.get(name, "").split()
+    for number, place in enumerate(places):
         path = Path(place.removeprefix("file://"))
         if path.is_absolute() and path.exists():
-            folders.add(path if name == "find-links" else path.parent)  # an index refers to the files beside it
+            folder = path if name == "find-links" else path.parent  # an index refers to the files beside it
+            mount = mounts.setdefault(folder, f"/run/index/{len(mounts)}")
+            places[number] = place.replace(str(folder), mount, 1)
+    if places:
+        values[name] = " ".join(places)
 if certificate and Path(certificate).is_file():
     values["cert"] = "/run/secrets/ca"
     print(f"--secret=id=ca,src={certificate}")
@@ -104,8 +110,8 @@ lines += [f"{name} = {json.dumps(values[name].split())}" for name in ("extra-ind
 uv = state / "uv.toml"
 uv.write_text("\n".join(lines) + "\n")
 print(f"--secret=id=uv.toml,src={uv}")
-for folder in sorted(folders):
-    print(f"--volume={folder}:{folder}:ro")
+for folder, mount in mounts.items():
+    print(f"--volume={folder}:{mount}:ro")
 END
 }
 
