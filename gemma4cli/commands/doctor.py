@@ -31,9 +31,7 @@ def doctor(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAMES", help="Export for: cpu, sm_80, sm_86, sm_90, sm_120; several with commas."
-        ),
+        typer.Option(metavar="NAMES", help="Export for: cpu, sm_80, sm_86, sm_90, sm_120; several with commas."),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
