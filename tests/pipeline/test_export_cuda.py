@@ -117,6 +117,19 @@ def test_no_launch_was_added_to_a_token() -> None:
     assert sum(kernel.launches for kernel in kernels) <= MOST_DECODE_LAUNCHES
 
 
+def test_a_token_reads_each_weight_once_and_packed() -> None:
+    """What `decode` is bound to, apart from caches, is the matrices at their formats' bits and small vectors."""
+    reader = open_checkpoint(checkpoint())
+    formats = Signature.of(reader, CacheSpec(CONTEXT, CHUNK, torch.bfloat16), "folded").formats
+    packed = sum(fmt.bits_per_weight / 8 * reader.tensor(name).numel() for name, fmt in formats.items())
+    program = read_program(open_bundle(bundle()).program_for(TARGET))
+    (decode,) = (method for method in program.methods if method.name == "decode")
+    weights = read_blob(CUDA, program.read(decode.delegates[0].blob)).weights
+    bound = {weight.key: weight.nbytes for weight in weights if "kv_cache" not in weight.name}
+    assert len(bound) == len([weight for weight in weights if "kv_cache" not in weight.name])
+    assert packed <= sum(bound.values()) < packed + (64 << 10)
+
+
 def test_nothing_of_this_machine_is_in_the_code() -> None:
     for code in libraries(bundle()).values():
         for trace in (str(Path.home()), str(Path(torch.__file__).parent), str(bundle().parents[1]), "/tmp/"):

@@ -297,7 +297,8 @@ class TestTheDisk:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             server.served.clear()
             assert (self.fetch_all(server, cache) / "m.gguf").read_bytes() == data
-            assert server.served["m.gguf"] == len(data) - 50_000
+            # All of the last piece that arrived is fetched again, or the part of it that the kernel refused.
+            assert len(data) - 50_000 <= server.served["m.gguf"] < len(data)
 
     def fetch_all(self, server: HubServer, cache: RepoCache) -> Path:
         hub = Hub(server.endpoint)
