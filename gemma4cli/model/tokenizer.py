@@ -126,7 +126,8 @@ class Detokenizer:
         piece = self._tokenizer.piece(token_id, skip_special=self._skip_special)
         if isinstance(piece, bytes):
             return self._bytes.decode(piece)
-        return self.finish() + piece
+        # A token that is skipped ends no character: `tokenizers` takes those out before it joins bytes.
+        return self.finish() + piece if piece else ""
 
     def finish(self) -> str:
         """Return what is left of an unfinished character, as U+FFFD; the stream can go on afterwards."""

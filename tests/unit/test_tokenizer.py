@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gemma4cli.errors import G4Error
@@ -49,6 +49,7 @@ def test_streamed_pieces_add_up_and_hold_whole_characters(text: str) -> None:
 
 
 @given(st.lists(st.one_of(BYTES, st.sampled_from([" the", "Paris", "<eos>"])), max_size=8))
+@example([b"\xc2", "<eos>", b"\x80"])
 def test_any_bytes_decode_as_python_decodes_them(parts: list[bytes | str]) -> None:
     """Runs of bytes between ordinary tokens: each run alone, as UTF-8 with U+FFFD for what is not."""
     ids: list[int] = []
