@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from gemma4cli.cli import main
 from gemma4cli.workspace import Workspace
 from tests.support.chat_fixture import make_chat_folder
+
+
+# The same examples every time, however slow the machine; look for new ones with --hypothesis-profile=default.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @dataclass(frozen=True)
