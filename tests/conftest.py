@@ -17,7 +17,6 @@ from gemma4cli.cli import main
 from gemma4cli.workspace import Workspace
 from tests.support.chat_fixture import make_chat_folder
 
-
 # The same examples every time, however slow the machine; look for new ones with --hypothesis-profile=default.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
