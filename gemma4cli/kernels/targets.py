@@ -48,6 +48,11 @@ class Target:
         """Compute capability as Triton and ptxas write it: 80, 90, 120."""
         return self.capability[0] * 10 + self.capability[1]
 
+    @property
+    def dependent_launch(self) -> bool:
+        """Whether a kernel may start before its predecessor has ended (dependent_launch.py): Hopper and later."""
+        return self.capability >= (9, 0)
+
 
 TARGETS: dict[str, Target] = {
     target.name: target

@@ -106,8 +106,8 @@ def test_every_configuration_fits_its_target(target_name: str, kind: str, layer:
     partial = {"partial_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
     many = configs.prefill_config(target, head_dim, kind)
     codes = [
-        compile_kernel(decode.split, {**common, **partial, "SPLITS": one.splits, "BLOCK_S": one.block_s, "ROWS": 16},
-                       target, num_warps=one.num_warps, num_stages=one.num_stages),
+        compile_kernel(decode.split, {**common, **partial, "SPLITS": one.splits, "BLOCK_S": one.block_s, "ROWS": 16,
+                       "PDL": target.dependent_launch}, target, num_warps=one.num_warps, num_stages=one.num_stages),
         compile_kernel(prefill.attend, {**common, "out_ptr": "*bf16", "T": "i32", "BLOCK_S": many.block_s, "ROWS": many.rows},
                        target, num_warps=many.num_warps, num_stages=many.num_stages),
     ]  # fmt: skip

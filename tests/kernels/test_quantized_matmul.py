@@ -75,7 +75,7 @@ MATRIX_POINTERS = {"codes_ptr": "*i32", "high_ptr": "*i32", "sub_ptr": "*i8", "s
 def compile_for(target_name: str, bits: int, group_size: int, has_min: bool) -> list[KernelCode]:
     target = TARGETS[target_name]
     mv, mm = configs.matvec_config(target), configs.matmul_config(target)
-    shape = {"K": 5376, "BLOCK_N": mv.block_n, "DP4A": True}
+    shape = {"K": 5376, "BLOCK_N": mv.block_n, "DP4A": True, "PDL": target.dependent_launch}
     fmt = {"BITS": bits, "GROUP": group_size, "HAS_MIN": has_min}
     if bits == 8:
         vector = compile_kernel(decode.matvec_int8, {**POINTERS, **shape, "BLOCK_G": mv.block_k}, target,

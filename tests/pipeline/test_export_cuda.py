@@ -21,6 +21,7 @@ from gemma4cli.export.cuda.compile import _compile_apart
 from gemma4cli.export.cuda.model import CudaModel, Signature, fill
 from gemma4cli.export.trace import Step, trace_method
 from gemma4cli.inspection.delegates import CUDA, read_blob
+from gemma4cli.inspection.elf import Elf
 from gemma4cli.inspection.library import read_library
 from gemma4cli.inspection.program import read_program
 from gemma4cli.inspection.ptd import read_data_file
@@ -115,6 +116,11 @@ def test_the_machine_code_fits_its_target() -> None:
 def test_no_launch_was_added_to_a_token() -> None:
     kernels = read_library(memoryview(libraries(bundle())["decode"])).kernels
     assert sum(kernel.launches for kernel in kernels) <= MOST_DECODE_LAUNCHES
+
+
+def test_kernels_that_wait_by_themselves_are_launched_early() -> None:
+    imported = {symbol.name for symbol in Elf(memoryview(libraries(bundle())["decode"])).symbols}
+    assert {"cuLaunchKernel", "cuLaunchKernelEx"} <= imported
 
 
 def test_a_token_reads_each_weight_once_and_packed() -> None:

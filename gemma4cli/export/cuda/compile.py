@@ -35,7 +35,7 @@ _PACKAGE = Path(gemma4cli.__file__).parent
 # The code that decides what a program is.
 _SOURCES = (
     *("kernels/**/*.py", "model/*.py", "export/contract.py", "export/trace.py"),
-    *(f"export/cuda/{name}.py" for name in ("fake_gpu", "layers", "lower", "model", "toolchain")),
+    *(f"export/cuda/{name}.py" for name in ("fake_gpu", "launch", "layers", "lower", "model", "toolchain")),
 )
 _BYTES_PER_COMPILER = 2 << 30  # 60 layers took 1.1 GB, see docs/cuda-export.md
 _RECORD = "libraries.json"

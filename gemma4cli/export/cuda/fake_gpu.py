@@ -269,7 +269,9 @@ def _analyze_kernels_once(patch: Callable[[Any, str, Any], None]) -> None:
                 facts.append((name, str(value.get_dtype() if hasattr(value, "get_dtype") else _dtype(value))))
         key = (function.fn, *facts)
         if descriptors or key not in known:
-            known[key] = analyze(kernel, arguments, descriptors)
+            # Waiting for a predecessor is assembly, which torch takes for writing to everything.
+            plain = arguments | {"PDL": False} if "PDL" in constants else arguments
+            known[key] = analyze(kernel, plain, descriptors)
         return known[key]
 
     patch(triton_kernel_wrap, "identify_accessed_tensors", remembered)

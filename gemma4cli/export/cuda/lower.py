@@ -36,6 +36,7 @@ from torch.export.pt2_archive._package_weights import Weights
 from gemma4cli.export.contract import Contract
 from gemma4cli.export.cuda.compile import Library
 from gemma4cli.export.cuda.fake_gpu import fake_gpu
+from gemma4cli.export.cuda.launch import dependent_launches
 from gemma4cli.export.cuda.model import CudaModel, Signature
 from gemma4cli.export.cuda.weights import WeightEntry, weight_entries
 from gemma4cli.export.quiet import quiet
@@ -100,6 +101,7 @@ def _compile(
         mock.patch.object(inductor_graph, "is_same_tensor", lambda a, b: a is b),
         CudaBackend.collect_unsupported_fallback_kernels(missing),
         CudaBackend.get_extra_aoti_compile_context_manager([]),
+        dependent_launches(),
     ):
         made = torch._inductor.aot_compile(
             program.module(check_guards=False), arguments, options=CudaBackend.get_aoti_compile_options([]) | _OPTIONS

@@ -59,7 +59,15 @@ def decode_attention(
     partial, top, total = _split(q, r, k, v, k_scale, v_scale, table, position, window, folded)
     out = torch.empty_like(q)
     wrap_triton(decode.combine)[(heads, triton.cdiv(head_dim, COMBINE_BLOCK_D))](
-        partial, top, total, out, D=head_dim, SPLITS=top.shape[1], BLOCK_D=COMBINE_BLOCK_D, num_warps=4
+        partial,
+        top,
+        total,
+        out,
+        D=head_dim,
+        SPLITS=top.shape[1],
+        BLOCK_D=COMBINE_BLOCK_D,
+        PDL=current_target().dependent_launch,
+        num_warps=4,
     )
     return out
 
@@ -83,7 +91,7 @@ def decode_attention_int8(
     rows = empty_int8_rows(1, heads * head_dim, q.device)
     wrap_triton(decode.combine_int8)[(heads, triton.cdiv(head_dim, COMBINE_BLOCK_D))](
         partial, top, total, *rows, D=head_dim, SPLITS=top.shape[1], BLOCK_D=COMBINE_BLOCK_D, dtype=_TRITON[q.dtype],
-        num_warps=4,
+        PDL=current_target().dependent_launch, num_warps=4,
     )  # fmt: skip
     return rows.words, rows.scale, rows.total
 
@@ -112,7 +120,7 @@ def _split(
         q if table is None else table, position, partial, top, total, slots,
         WINDOW=window, GROUP=group, **_widths(q, r), SPLITS=config.splits, BLOCK_S=config.block_s,
         ROWS=max(_SMALLEST_DOT, triton.next_power_of_2(group)), FOLDED=folded, TQ4=table is not None, DOT=tl.bfloat16,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        PDL=current_target().dependent_launch, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return partial, top, total
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma4cli.kernels.dependent_launch import start_successor, wait_for_predecessor
 from gemma4cli.kernels.quantized_matmul.decode import write_int8
 
 
@@ -86,6 +87,7 @@ def split(
     FOLDED: tl.constexpr,
     TQ4: tl.constexpr,
     DOT: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Attention of one KV head's query group over one share of the positions.
 
@@ -93,6 +95,8 @@ def split(
     (4-bit: half as many bytes, scales [H_kv, S]). Writes partial [H, SPLITS, D] (not normalized), top [H, SPLITS]
     (largest score, -inf for an empty share) and total [H, SPLITS] (sum of exponentials).
     """
+    wait_for_predecessor(PDL)
+    start_successor(PDL)
     head = tl.program_id(0)
     share = tl.program_id(1)
     last = tl.load(position_ptr).to(tl.int32)
@@ -162,8 +166,13 @@ def _mixed(partial_ptr, top_ptr, total_ptr, head, column, D: tl.constexpr, SPLIT
 
 
 @triton.jit
-def combine(partial_ptr, top_ptr, total_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+def combine(
+    partial_ptr, top_ptr, total_ptr, out_ptr,
+    D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
     """Merge the shares of head `program_id(0)`: out [H, D]."""
+    wait_for_predecessor(PDL)
+    start_successor(PDL)
     head = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mixed = _mixed(partial_ptr, top_ptr, total_ptr, head, column, D, SPLITS)
@@ -174,8 +183,11 @@ def combine(partial_ptr, top_ptr, total_ptr, out_ptr, D: tl.constexpr, SPLITS: t
 def combine_int8(
     partial_ptr, top_ptr, total_ptr, xq_ptr, scale_ptr, sums_ptr,
     D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """``combine`` rounded to `dtype`, then to int8 as ``quantize_rows`` does: one row of H * D activations."""
+    wait_for_predecessor(PDL)
+    start_successor(PDL)
     head = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mixed = _mixed(partial_ptr, top_ptr, total_ptr, head, column, D, SPLITS)

@@ -24,7 +24,7 @@ def gated_gelu_op(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     config = gated_gelu_config(current_target())
     rows = empty_int8_rows(1, k, gate.device)
     wrap_triton(kernel.gated_gelu)[(triton.cdiv(k // 32, config.groups),)](
-        gate, up, *rows, K=k, BLOCK_G=config.groups, num_warps=config.num_warps
+        gate, up, *rows, K=k, BLOCK_G=config.groups, PDL=current_target().dependent_launch, num_warps=config.num_warps
     )
     return rows.words, rows.scale, rows.total
 

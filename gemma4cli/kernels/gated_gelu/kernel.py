@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma4cli.kernels.dependent_launch import start_successor, wait_for_predecessor
 from gemma4cli.kernels.quantized_matmul.decode import write_int8
 
 
@@ -15,12 +16,16 @@ def _tanh(x):
 
 
 @triton.jit
-def gated_gelu(gate_ptr, up_ptr, xq_ptr, scale_ptr, total_ptr, K: tl.constexpr, BLOCK_G: tl.constexpr):
+def gated_gelu(
+    gate_ptr, up_ptr, xq_ptr, scale_ptr, total_ptr, K: tl.constexpr, BLOCK_G: tl.constexpr, PDL: tl.constexpr = False
+):
     """reference.gated_gelu of one row of K, then ``quantize_rows``; BLOCK_G groups of 32 per program."""
     dtype = gate_ptr.dtype.element_ty
     group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     inside = group < K // 32
     k = group[:, None] * 32 + tl.arange(0, 32)[None, :]
+    wait_for_predecessor(PDL)
+    start_successor(PDL)
     gate = tl.load(gate_ptr + k, mask=inside[:, None], other=0.0).to(tl.float32)
     up = tl.load(up_ptr + k, mask=inside[:, None], other=0.0).to(tl.float32)
     # Source: Hendrycks and Gimpel, arXiv 1606.08415, the tanh form: sqrt(2 / pi) and its cubic term.

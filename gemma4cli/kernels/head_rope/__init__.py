@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from gemma4cli.kernels.head_rope import kernel, reference
+from gemma4cli.kernels.targets import current_target
 
 # One warp per head, whose sums need no barrier: 1.9 us for 48 heads of 256 on an H200, 2.1 with four.
 WARPS = 1
@@ -36,7 +37,8 @@ def head_rope(
     r = torch.empty((heads, 1, width) if folded else (0,), dtype=q.dtype, device=q.device)
     wrap_triton(kernel.head_rope)[(heads + kv_heads,)](
         q, k, v, q_weight, k_weight, cos, sin, position, k_cache, v_cache, query, r if folded else query, eps, slots,
-        HEADS=heads, D=head_dim, R=width, HALF=triton.next_power_of_2(head_dim // 2), FOLDED=folded, num_warps=WARPS,
+        HEADS=heads, D=head_dim, R=width, HALF=triton.next_power_of_2(head_dim // 2), FOLDED=folded,
+        PDL=current_target().dependent_launch, num_warps=WARPS,
     )  # fmt: skip
     return query, r
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma4cli.kernels.dependent_launch import start_successor, wait_for_predecessor
+
 
 @triton.jit
 def _halves(ptr, head, D: tl.constexpr, HALF: tl.constexpr):
@@ -55,6 +57,7 @@ def head_rope(
     R: tl.constexpr,
     HALF: tl.constexpr,
     FOLDED: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """reference.head_rope; program i < HEADS is query head i, the others the KV heads.
 
@@ -65,6 +68,8 @@ def head_rope(
     column = tl.arange(0, HALF)
     inside = column < D // 2
     turned = column < R // 2
+    wait_for_predecessor(PDL)
+    start_successor(PDL)
     if head < HEADS:
         first, second = _rotated(q_ptr, head, q_weight_ptr, cos_ptr, sin_ptr, eps, D, HALF, dtype)
         if FOLDED:

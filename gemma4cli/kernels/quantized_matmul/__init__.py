@@ -96,13 +96,15 @@ def _matvec(
     if bits == 8:
         wrap_triton(decode.matvec_int8)[grid](
             codes, sub, step, words, scale, y, n,
-            K=k, BLOCK_N=config.block_n, BLOCK_G=config.block_k, DP4A=True, **options,
+            K=k, BLOCK_N=config.block_n, BLOCK_G=config.block_k, DP4A=True,
+            PDL=current_target().dependent_launch, **options,
         )  # fmt: skip
     else:
         wrap_triton(decode.matvec)[grid](
             codes, codes if high is None else high, sub, step, words, scale, total, y, n,
             K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min,
-            BLOCK_N=config.block_n, BLOCK_B=config.block_k, DP4A=True, **options,
+            BLOCK_N=config.block_n, BLOCK_B=config.block_k, DP4A=True,
+            PDL=current_target().dependent_launch, **options,
         )  # fmt: skip
     return y
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma4cli.kernels.dependent_launch import start_successor, wait_for_predecessor
+
 UNROLLED_STEPS = tl.constexpr(8)
 
 
@@ -70,38 +72,54 @@ def _byte(word, INDEX: tl.constexpr):
 
 
 @triton.jit
+def _load_blocks(
+    codes_ptr, high_ptr, sub_ptr, step_ptr, row, row_in, b0,
+    K: tl.constexpr, BITS: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """The weight's part of BLOCK_B 64-wide blocks from `b0` on: words, upper bits, scale codes, steps as stored."""
+    blocks: tl.constexpr = K // 64
+    steps: tl.constexpr = (K + 255) // 256
+    # Where the blocks come out even, a mask that is always true costs registers and a branch.
+    last: tl.constexpr = blocks if blocks % BLOCK_B else 1 << 30
+    word = tl.arange(0, BLOCK_B * 8)
+    block_of_word = b0 + word // 8
+    load_in = row_in[:, None] & (block_of_word < last)[None, :]
+    w = tl.load(codes_ptr + (row[:, None] * (K // 8) + (b0 * 8 + word)[None, :]), mask=load_in, other=0)
+    h = w
+    if BITS == 6:
+        high = row[:, None] * (K // 16) + (block_of_word // 2 * 8 + word % 8)[None, :]
+        h = tl.load(high_ptr + high, mask=load_in, other=0) >> (block_of_word % 2 * 4)[None, :]
+    block = b0 + tl.arange(0, BLOCK_B)
+    scale_in = row_in[:, None] & (block < last)[None, :]
+    # The scale codes of a block, and its steps, come in one load each: byte loads would outnumber the codes'.
+    sub = tl.load(sub_ptr + (row[:, None] * blocks + block[None, :]), mask=scale_in, other=0).to(tl.int32)
+    both = tl.load(step_ptr + (row[:, None] * steps + (block // 4)[None, :]), mask=scale_in, other=0)
+    return w, h, sub, both
+
+
+@triton.jit
 def _block_sums(
-    codes_ptr, high_ptr, sub_ptr, step_ptr, xq_ptr, scale_ptr, total_ptr, m, row, row_in, b0,
+    w, h, sub, both, xq_ptr, scale_ptr, total_ptr, m, b0,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MIN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
     """What BLOCK_B 64-wide blocks from `b0` on add to each row: [BLOCK_N, BLOCK_B] float32."""
     blocks: tl.constexpr = K // 64
-    steps: tl.constexpr = (K + 255) // 256
     WORDS: tl.constexpr = BLOCK_B * 8
-    # Where the blocks come out even, a mask that is always true costs registers and a branch.
     last: tl.constexpr = blocks if blocks % BLOCK_B else 1 << 30
     word = tl.arange(0, WORDS)
     block_of_word = b0 + word // 8
     word_in = block_of_word < last
-    load_in = row_in[:, None] & word_in[None, :]
-    w = tl.load(codes_ptr + (row[:, None] * (K // 8) + (b0 * 8 + word)[None, :]), mask=load_in, other=0)
+    block = b0 + tl.arange(0, BLOCK_B)
+    block_in = block < last
     first = w & 0x0F0F0F0F
     second = (w >> 4) & 0x0F0F0F0F
     if BITS == 6:
-        high = row[:, None] * (K // 16) + (block_of_word // 2 * 8 + word % 8)[None, :]
-        h = tl.load(high_ptr + high, mask=load_in, other=0) >> (block_of_word % 2 * 4)[None, :]
         first = first | ((h & 0x03030303) << 4)
         second = second | (((h >> 2) & 0x03030303) << 4)
     if not HAS_MIN:
         first = _signed_bytes(first, 1 << (BITS - 1))
         second = _signed_bytes(second, 1 << (BITS - 1))
-    block = b0 + tl.arange(0, BLOCK_B)
-    block_in = block < last
-    scale_in = row_in[:, None] & block_in[None, :]
-    # The scale codes of a block, and its steps, come in one load each: byte loads would outnumber the codes'.
-    sub = tl.load(sub_ptr + (row[:, None] * blocks + block[None, :]), mask=scale_in, other=0).to(tl.int32)
-    both = tl.load(step_ptr + (row[:, None] * steps + (block // 4)[None, :]), mask=scale_in, other=0)
     x_word = m * (K // 4) + block_of_word * 16 + word % 8
     x_first = tl.load(xq_ptr + x_word, mask=word_in, other=0)
     x_second = tl.load(xq_ptr + x_word + 8, mask=word_in, other=0)
@@ -148,6 +166,7 @@ def matvec(
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     DP4A: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """y [M, N] = x [M, K] times a 4- or 6-bit weight [N, K] transposed; x as xq, scale, total of ``quantize_rows``.
 
@@ -172,19 +191,25 @@ def matvec(
     high_ptr += first_row * (K // 16)
     sub_ptr += first_row * blocks
     step_ptr += first_row * ((K + 255) // 256)
-    acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    # Before the predecessor has ended, which makes x: the weight is there already.
+    start_successor(PDL)
+    w, h, sub, both = _load_blocks(codes_ptr, high_ptr, sub_ptr, step_ptr, row, row_in, 0, K, BITS, BLOCK_B)
+    wait_for_predecessor(PDL)
+    acc = _block_sums(
+        w, h, sub, both, xq_ptr, scale_ptr, total_ptr, m, 0, K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A
+    )
     if blocks <= UNROLLED_STEPS * BLOCK_B:  # short rows: all loads of a row can be in flight
-        for b0 in tl.static_range(0, blocks, BLOCK_B):
+        for b0 in tl.static_range(BLOCK_B, blocks, BLOCK_B):
+            w, h, sub, both = _load_blocks(codes_ptr, high_ptr, sub_ptr, step_ptr, row, row_in, b0, K, BITS, BLOCK_B)
             acc += _block_sums(
-                codes_ptr, high_ptr, sub_ptr, step_ptr, xq_ptr, scale_ptr, total_ptr, m, row, row_in, b0,
-                K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A,
-            )  # fmt: skip
+                w, h, sub, both, xq_ptr, scale_ptr, total_ptr, m, b0, K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A
+            )
     else:
-        for b0 in range(0, blocks, BLOCK_B):
+        for b0 in range(BLOCK_B, blocks, BLOCK_B):
+            w, h, sub, both = _load_blocks(codes_ptr, high_ptr, sub_ptr, step_ptr, row, row_in, b0, K, BITS, BLOCK_B)
             acc += _block_sums(
-                codes_ptr, high_ptr, sub_ptr, step_ptr, xq_ptr, scale_ptr, total_ptr, m, row, row_in, b0,
-                K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A,
-            )  # fmt: skip
+                w, h, sub, both, xq_ptr, scale_ptr, total_ptr, m, b0, K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A
+            )
     tl.store(y_ptr + m.to(tl.int64) * N + rows, tl.sum(acc, axis=1).to(y_ptr.dtype.element_ty), mask=row_in)
 
 
@@ -201,6 +226,7 @@ def matvec_int8(
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
     DP4A: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """``matvec`` for 8-bit weights: codes int32 [N, K / 4], groups of 32, BLOCK_G groups per step."""
     m = tl.program_id(1).to(tl.int64)
@@ -210,6 +236,8 @@ def matvec_int8(
     groups: tl.constexpr = K // 32
     steps: tl.constexpr = (K + 255) // 256
     WORDS: tl.constexpr = BLOCK_G * 8
+    start_successor(PDL)
+    wait_for_predecessor(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
     for g0 in range(0, groups, BLOCK_G):
         word = g0 * 8 + tl.arange(0, WORDS)

@@ -44,7 +44,7 @@ def residual_norm_op(
         residual, residual if branch is None else branch, weight if branch_weight is None else branch_weight,
         weight if factor is None else factor, weight, hidden, *rows, eps, K=k, BLOCK_K=triton.next_power_of_2(k),
         BLOCK_G=config.groups, HAS_BRANCH=branch is not None, HAS_FACTOR=factor is not None,
-        num_warps=config.num_warps,
+        PDL=current_target().dependent_launch, num_warps=config.num_warps,
     )  # fmt: skip
     return hidden, *rows
 

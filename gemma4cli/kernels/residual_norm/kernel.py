@@ -9,17 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma4cli.kernels.dependent_launch import start_successor, wait_for_predecessor
 from gemma4cli.kernels.quantized_matmul.decode import write_int8
 
 
 @triton.jit
-def _read(residual_ptr, branch_ptr, branch_weight_ptr, k, inside, HAS_BRANCH: tl.constexpr):
-    """Residual, branch and the branch's weight at columns `k`, float32; 0 where there is no branch."""
-    residual = tl.load(residual_ptr + k, mask=inside, other=0.0).to(tl.float32)
-    if not HAS_BRANCH:
-        return residual, residual, residual
-    branch = tl.load(branch_ptr + k, mask=inside, other=0.0).to(tl.float32)
-    return residual, branch, tl.load(branch_weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
+def _read(ptr, k, inside):
+    """Columns `k`, float32; 0 outside."""
+    return tl.load(ptr + k, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -53,6 +50,7 @@ def residual_norm(
     BLOCK_G: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """reference.residual_norm of one row of K, then ``quantize_rows``; BLOCK_G groups of 32 per program."""
     dtype: tl.constexpr = residual_ptr.dtype.element_ty
@@ -62,14 +60,19 @@ def residual_norm(
     k = group[:, None] * 32 + tl.arange(0, 32)[None, :]
     mask = inside[:, None]
     # Every load before the first sum: weights come from far away, and loads do not move up past a barrier.
-    row = _read(residual_ptr, branch_ptr, branch_weight_ptr, column, column < K, HAS_BRANCH)
-    part = _read(residual_ptr, branch_ptr, branch_weight_ptr, k, mask, HAS_BRANCH)
-    weight = tl.load(weight_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    start_successor(PDL)
+    weight = _read(weight_ptr, k, mask)
     factor = tl.load(factor_ptr).to(tl.float32) if HAS_FACTOR else 1.0
-    rms = tl.rsqrt(tl.sum(row[1] * row[1], axis=0) / K + eps) if HAS_BRANCH else 1.0
-    whole = _hidden(row[0], row[1], row[2], rms, factor, dtype, HAS_BRANCH, HAS_FACTOR)
+    row_weight = _read(branch_weight_ptr, column, column < K) if HAS_BRANCH else 0.0
+    part_weight = _read(branch_weight_ptr, k, mask) if HAS_BRANCH else 0.0
+    wait_for_predecessor(PDL)
+    row, part = _read(residual_ptr, column, column < K), _read(residual_ptr, k, mask)
+    row_branch = _read(branch_ptr, column, column < K) if HAS_BRANCH else 0.0
+    part_branch = _read(branch_ptr, k, mask) if HAS_BRANCH else 0.0
+    rms = tl.rsqrt(tl.sum(row_branch * row_branch, axis=0) / K + eps) if HAS_BRANCH else 1.0
+    whole = _hidden(row, row_branch, row_weight, rms, factor, dtype, HAS_BRANCH, HAS_FACTOR)
     norm = tl.rsqrt(tl.sum(whole * whole, axis=0) / K + eps)
-    hidden = _hidden(part[0], part[1], part[2], rms, factor, dtype, HAS_BRANCH, HAS_FACTOR)
+    hidden = _hidden(part, part_branch, part_weight, rms, factor, dtype, HAS_BRANCH, HAS_FACTOR)
     tl.store(hidden_ptr + k, hidden.to(dtype), mask=mask)
     x = (hidden * norm * weight).to(dtype).to(tl.float32)
     write_int8(x, 0, group, inside, xq_ptr, scale_ptr, total_ptr, K)

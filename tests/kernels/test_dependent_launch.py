@@ -1,0 +1,53 @@
+"""Kernels that start early: what they do before their predecessor has ended, read off the code that Triton makes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import triton.language as tl
+
+from gemma4cli.kernels.attention import decode
+from gemma4cli.kernels.attention.configs import decode_config
+from gemma4cli.kernels.compile import KernelCode, compile_kernel
+from gemma4cli.kernels.targets import TARGETS, Target
+from tests.kernels.test_decode_fusions import kernels as fused_kernels
+from tests.kernels.test_quantized_matmul import compile_for
+
+WAIT, START = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+READ, WRITTEN = r"\bld\.global", r"\b(st|atom|red)\.global|cp\.async"
+# They read weights before; the others read nothing.
+READERS = ("matvec", "residual_norm")
+
+
+def kernels(target: Target) -> list[KernelCode]:
+    config = decode_config(target, 256, "plain")
+    split = compile_kernel(
+        decode.split,
+        {"q_ptr": "*bf16", "r_ptr": "*bf16", "k_ptr": "*bf16", "k_scale_ptr": "*bf16", "v_ptr": "*bf16",
+         "v_scale_ptr": "*bf16", "table_ptr": "*bf16", "position_ptr": "*i64", "partial_ptr": "*fp32", "top_ptr": "*fp32",
+         "total_ptr": "*fp32", "S": "i32", "WINDOW": 1024, "GROUP": 2, "D": 256, "R": 256, "HALF": 128, "R_HALF": 128,
+         "SPLITS": config.splits, "BLOCK_S": config.block_s, "ROWS": 16, "FOLDED": False, "TQ4": False,
+         "DOT": tl.bfloat16, "PDL": target.dependent_launch},
+        target, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return [
+        *fused_kernels(target),
+        split,
+        *(compile_for(target.name, *fmt)[0] for fmt in ((4, 32, True), (8, 32, False))),
+    ]
+
+
+@pytest.mark.parametrize("target_name", ["sm_90", "sm_120"])
+def test_nothing_is_written_and_only_weights_are_read_before_the_wait(target_name: str) -> None:
+    for code in kernels(TARGETS[target_name]):
+        assert code.ptx.count(WAIT) == code.ptx.count(START) == 1, code.name
+        before = code.ptx[: code.ptx.index(WAIT)]
+        assert not re.search(WRITTEN, before), code.name
+        assert bool(re.search(READ, before)) == (code.name in READERS), code.name
+        assert re.search(READ, code.ptx[code.ptx.index(WAIT) :]), code.name
+
+
+def test_older_gpus_launch_in_plain_order() -> None:
+    for code in kernels(TARGETS["sm_86"]):
+        assert WAIT not in code.ptx and START not in code.ptx, code.name
