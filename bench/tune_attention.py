@@ -53,26 +53,25 @@ def make_cache(kind: str, shape: dict, slots: int) -> AttentionCache:
     v = torch.randn(shape["kv_heads"], slots, shape["head_dim"], device="cuda", dtype=torch.bfloat16)
     if not kind.endswith("tq4"):
         return AttentionCache(k, v, folded=kind == "folded")
-    table = turboquant.normal_codebook().float().cuda()
+    table = turboquant.codebook().cuda()
     encoded = [turboquant.encode(x, torch.eye(x.shape[-1], device="cuda"), table) for x in (k, v)]
-    return AttentionCache(
-        encoded[0][0], encoded[1][0], encoded[0][1], encoded[1][1], table, folded=kind.startswith("folded")
-    )
+    return AttentionCache(encoded[0][0], encoded[1][0], encoded[0][1], encoded[1][1], folded=kind.startswith("folded"))
 
 
 def common(cache: AttentionCache, shape: dict) -> dict:
-    head_dim, rotated = shape["head_dim"], shape["rotated"]
+    head_dim = shape["head_dim"]
+    rotated = shape["rotated"] if cache.folded else head_dim
     return {
         "WINDOW": shape["window"], "GROUP": shape["heads"] // shape["kv_heads"], "D": head_dim, "R": rotated,
-        "HALF": head_dim // 2, "R_HALF": rotated // 2, "FOLDED": cache.folded, "TQ4": cache.table is not None,
-        "DOT": tl.bfloat16,
+        "HALF": head_dim // 2, "R_HALF": rotated // 2, "FOLDED": cache.folded, "TQ4": cache.k_scale is not None,
+        "DOT": tl.bfloat16 if cache.k_scale is None else tl.float16, "ASM": True,
     }  # fmt: skip
 
 
 def pointers(cache: AttentionCache, q: torch.Tensor, r: torch.Tensor) -> list[torch.Tensor]:
     k_scale = cache.k if cache.k_scale is None else cache.k_scale
     v_scale = cache.v if cache.v_scale is None else cache.v_scale
-    return [q, r, cache.k, k_scale, cache.v, v_scale, q if cache.table is None else cache.table]
+    return [q, r, cache.k, k_scale, cache.v, v_scale]
 
 
 def decoder(cache: AttentionCache, shape: dict, q, r, position, config) -> tuple[Callable[[], None], torch.Tensor]:
@@ -182,7 +181,7 @@ def main() -> None:
             cut = AttentionCache(cache.k[:, :32768].contiguous(), cache.v[:, :32768].contiguous(),
                                  None if cache.k_scale is None else cache.k_scale[:, :32768].contiguous(),
                                  None if cache.v_scale is None else cache.v_scale[:, :32768].contiguous(),
-                                 cache.table, cache.folded)  # fmt: skip
+                                 cache.folded)  # fmt: skip
             found = list(rows(prefiller, cut, FULL, q2, r2, where, PREFILL_CONFIGS, 3, deadline))
             flops = 4 * 32 * 512 * 1024 * (depth + 512) / 1e6
             report(document, f"prefill {kind} 1024@{depth}", found, flops, "TFLOP/s")

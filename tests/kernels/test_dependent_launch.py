@@ -25,10 +25,10 @@ def kernels(target: Target) -> list[KernelCode]:
     split = compile_kernel(
         decode.split,
         {"q_ptr": "*bf16", "r_ptr": "*bf16", "k_ptr": "*bf16", "k_scale_ptr": "*bf16", "v_ptr": "*bf16",
-         "v_scale_ptr": "*bf16", "table_ptr": "*bf16", "position_ptr": "*i64", "partial_ptr": "*fp32", "top_ptr": "*fp32",
+         "v_scale_ptr": "*bf16", "position_ptr": "*i64", "partial_ptr": "*fp32", "top_ptr": "*fp32",
          "total_ptr": "*fp32", "S": "i32", "WINDOW": 1024, "GROUP": 2, "D": 256, "R": 256, "HALF": 128, "R_HALF": 128,
          "SPLITS": config.splits, "BLOCK_S": config.block_s, "ROWS": 16, "FOLDED": False, "TQ4": False,
-         "DOT": tl.bfloat16, "PDL": target.dependent_launch},
+         "DOT": tl.bfloat16, "ASM": True, "PDL": target.dependent_launch},
         target, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return [

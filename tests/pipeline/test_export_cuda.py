@@ -30,6 +30,8 @@ from gemma4cli.kernels.targets import TARGETS, compiling_for
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.model.sampling import sample
 from gemma4cli.quant.checkpoint import open_checkpoint
+from gemma4cli.quant.quantize import quantize_checkpoint
+from gemma4cli.quant.recipe import load_recipe
 from tests.support import tiny
 from tests.support.bundles import Run, home_of, made, run_g4
 
@@ -157,6 +159,40 @@ def test_compiling_elsewhere_gives_the_same_bytes(tmp_path: Path) -> None:
     signature = Signature.of(open_checkpoint(checkpoint()), spec, "folded")
     library = _compile_apart(signature, "decode", TARGETS[TARGET], tmp_path)
     assert library.code == libraries(bundle())["decode"]
+
+
+def test_sizes_that_a_gpu_would_rather_have_padded_compile(tmp_path: Path) -> None:
+    """A rotation of 16 by 16: Inductor would time padded products, on a GPU that is not there."""
+    source = tiny.write_checkpoint(
+        tmp_path / "odd", seed=3, **WIDE | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    )
+    quantize_checkpoint(source, tmp_path / "quantized", load_recipe("default"))
+    spec = CacheSpec(CONTEXT, CHUNK, torch.bfloat16)
+    signature = Signature.of(open_checkpoint(tmp_path / "quantized"), spec, "folded-tq4")
+    library = _compile_apart(signature, "decode", TARGETS["sm_90"], tmp_path)
+    assert any("rotation" in name for name in library.constants)
+
+
+def test_a_program_that_came_ready_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given the folder of programs alone, another home exports the same bytes."""
+    ready = bundle().parents[1] / "programs"
+    monkeypatch.setenv("G4_PROGRAMS", str(ready))
+    run = run_g4("export", checkpoint(), "--target", TARGET, "--ctx", str(CONTEXT), "--chunk", str(CHUNK), "--kv", "folded",
+                 "--json", home=tmp_path)  # fmt: skip
+    assert run.code == 0, run.stderr
+    assert "compile" not in run.stderr and f"came ready from {ready}" in run.stderr
+    made = Path(json.loads(run.stdout)["bundle"])
+    assert (made / "model.pte").read_bytes() == (bundle() / "model.pte").read_bytes()
+    assert not (tmp_path / "programs").exists()
+
+
+def test_a_folder_of_programs_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("G4_PROGRAMS", str(tmp_path / "none"))
+    run = run_g4("export", checkpoint(), "--target", TARGET, "--ctx", str(CONTEXT), "--chunk", str(CHUNK), "--kv", "folded",
+                 home=tmp_path)  # fmt: skip
+    assert run.code == 1
+    assert "G4_PROGRAMS" in run.stderr and "hint:" in run.stderr
+    assert not list(tmp_path.rglob("model.pte"))
 
 
 @torch.no_grad()

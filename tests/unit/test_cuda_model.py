@@ -102,6 +102,15 @@ def test_folded_caches_are_smaller_and_hold_constants_apart(checkpoint: Checkpoi
     assert codebook.table.any()
 
 
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+def test_shapes_alone_say_how_everything_lies_in_memory(checkpoint: Checkpoint, kv_format: str) -> None:
+    """Programs are compiled for a model on the meta device, where some operators lay their results out otherwise."""
+    with torch.device("meta"):
+        model = CudaModel(Signature.of(checkpoint, SPEC, kv_format))
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        assert tensor.is_contiguous(), name
+
+
 def layer_is_ring(slots: int) -> bool:
     return slots == 8 + SPEC.prefill_chunk - 1
 

@@ -4,7 +4,8 @@
 
 They depend on the signature, the target, this package's code and the compilers' versions, which together are their name
 in the cache. The versions are pinned: libraries from the cache serve where others are installed. A second export, a
-fine-tune or another checkpoint of the same recipe compiles nothing.
+fine-tune or another checkpoint of the same recipe compiles nothing; nor does anybody who is given the folder, beside
+this package's data or by the environment's G4_PROGRAMS (tools/prebuild_programs.py makes one ahead).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import gemma4cli
+from gemma4cli.errors import G4Error
 from gemma4cli.export.contract import METHODS
 from gemma4cli.export.cuda.model import Signature
 from gemma4cli.export.cuda.toolchain import COMPILERS, check_toolchain, environment_for
@@ -37,6 +39,7 @@ _SOURCES = (
     *("kernels/**/*.py", "model/*.py", "export/contract.py", "export/trace.py"),
     *(f"export/cuda/{name}.py" for name in ("fake_gpu", "launch", "layers", "lower", "model", "toolchain")),
 )
+_SHIPPED = _PACKAGE / "data" / "programs"
 _BYTES_PER_COMPILER = 2 << 30  # 60 layers took 1.1 GB, see docs/cuda-export.md
 _RECORD = "libraries.json"
 
@@ -59,22 +62,37 @@ class Library:
 def compiled_libraries(
     signature: Signature, target: Target, cache: Path, progress: Progress = SILENT
 ) -> dict[str, Library]:
-    """Return the libraries of both methods for a target, compiling them if the cache has none.
+    """Return the libraries of both methods for a target, compiling what is neither in the cache nor came ready.
 
     Args: cache: a folder for programs of all signatures; created as needed.
-    Raises: G4Error when something needed for compiling is missing.
+    Raises: G4Error when something needed for compiling is missing, or G4_PROGRAMS names no folder.
     """
     identity = program_identity(signature, target)
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    for place in (cache, *_ready_made()):
+        folder = place / f"{target.name}-{name}"
+        if (folder / _RECORD).is_file():
+            if place != cache:
+                progress.note(f"The program for {target.name} came ready from {place}.")
+            return _read(folder)
+    check_toolchain()
+    cache.mkdir(parents=True, exist_ok=True)
+    with progress.phase(f"compile for {target.name}", len(METHODS), "methods") as task:
+        libraries = _compile_all(signature, target, cache, task)
     folder = cache / f"{target.name}-{name}"
-    if not (folder / _RECORD).is_file():
-        check_toolchain()
-        cache.mkdir(parents=True, exist_ok=True)
-        with progress.phase(f"compile for {target.name}", len(METHODS), "methods") as task:
-            libraries = _compile_all(signature, target, cache, task)
-        with atomic_directory(folder, force=True) as partial:
-            _write(partial, identity, libraries)
+    with atomic_directory(folder, force=True) as partial:
+        _write(partial, identity, libraries)
     return _read(folder)
+
+
+def _ready_made() -> list[Path]:
+    """Folders of programs that others compiled."""
+    given = os.environ.get("G4_PROGRAMS")
+    if not given:
+        return [_SHIPPED]
+    if not Path(given).is_dir():
+        raise G4Error(f"G4_PROGRAMS is {given}, which is no folder.", hint="Unset it, or name a folder of programs.")
+    return [Path(given), _SHIPPED]
 
 
 def _write(folder: Path, identity: dict[str, Any], libraries: dict[str, Library]) -> None:

@@ -148,7 +148,7 @@ class TurboQuant(nn.Module):
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
-        self.register_buffer("table", turboquant.normal_codebook().to(torch.float32))
+        self.register_buffer("table", turboquant.codebook())
         for size in sorted(set(sizes)):
             self.register_buffer(f"rotation_{size}", turboquant.random_rotation(size, _ROTATION_SEED))
 
@@ -205,7 +205,7 @@ class CudaAttention(nn.Module):
             cache.k, cache.v, self.eps,
         )  # fmt: skip
         mixed = attention_kernels.decode_attention_int8(
-            q, r if cache.folded else None, cache.k, cache.v, None, None, None, input_pos, self.window, cache.folded
+            q, r if cache.folded else None, cache.k, cache.v, None, None, input_pos, self.window, cache.folded
         )
         return self.o_proj.matvec(Int8Rows(*mixed))
 
@@ -226,9 +226,7 @@ class CudaAttention(nn.Module):
         if quantizer is not None:
             q, r = quantizer.rotate(q), None if r is None else quantizer.rotate(r)
         cache.update(torch.remainder(input_pos, cache.slots), k, v, quantizer)
-        stored = AttentionCache(
-            cache.k, cache.v, cache.k_scale, cache.v_scale, None if quantizer is None else quantizer.table, cache.folded
-        )
+        stored = AttentionCache(cache.k, cache.v, cache.k_scale, cache.v_scale, cache.folded)
         mixed = attention_kernels.attend(q, r, stored, input_pos, self.window)
         if quantizer is not None:
             mixed = quantizer.rotate_back(mixed)

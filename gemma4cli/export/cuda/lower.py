@@ -51,6 +51,7 @@ _OPTIONS = {
     "aot_inductor.emit_multi_arch_kernel": False,
     # Configurations come from tables and heuristics, never from a measurement on whatever GPU is here.
     "max_autotune": False,
+    "shape_padding": False,
     "max_autotune_gemm": True,  # a product must be a Triton kernel: the runtime has no other
     # A program must not hold values of weights, however few: one program serves every checkpoint of its signature.
     "always_keep_tensor_constants": True,

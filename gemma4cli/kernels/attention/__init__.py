@@ -6,6 +6,8 @@ allocation. On a CPU both take the reference, so that exported graphs run withou
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,7 @@ def attend(q: Tensor, r: Tensor | None, cache: AttentionCache, position: Tensor,
     """``reference.attention`` in q's dtype: q [H, T, D], r [H, T, R] for a folded cache, position [T] int64."""
     op = decode_attention if q.shape[1] == 1 else prefill_attention
     return op(
-        q, r, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.table, position, window, cache.folded
+        q, r, cache.k, cache.v, cache.k_scale, cache.v_scale, position, window, cache.folded
     )  # fmt: skip
 
 
@@ -41,6 +43,11 @@ def _widths(q: Tensor, r: Tensor | None) -> dict[str, int]:
     }
 
 
+def _number(tq4: bool) -> dict[str, Any]:
+    """How vectors become operands of the tensor cores: TQ4's levels are float16 numbers."""
+    return {"TQ4": tq4, "DOT": tl.float16 if tq4 else tl.bfloat16, "ASM": True}
+
+
 @triton_op("g4::decode_attention", mutates_args={})
 def decode_attention(
     q: Tensor,
@@ -49,14 +56,13 @@ def decode_attention(
     v: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    table: Tensor | None,
     position: Tensor,
     window: int,
     folded: bool,
 ) -> Tensor:
     """One query token: q [H, 1, D] and so on as in ``attend``; returns [H, 1, D]."""
     heads, _, head_dim = q.shape
-    partial, top, total = _split(q, r, k, v, k_scale, v_scale, table, position, window, folded)
+    partial, top, total = _split(q, r, k, v, k_scale, v_scale, position, window, folded)
     out = torch.empty_like(q)
     wrap_triton(decode.combine)[(heads, triton.cdiv(head_dim, COMBINE_BLOCK_D))](
         partial,
@@ -80,14 +86,13 @@ def decode_attention_int8(
     v: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    table: Tensor | None,
     position: Tensor,
     window: int,
     folded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``decode_attention`` rounded to int8 as the activations of the output projection: the parts of ``Int8Rows``."""
     heads, _, head_dim = q.shape
-    partial, top, total = _split(q, r, k, v, k_scale, v_scale, table, position, window, folded)
+    partial, top, total = _split(q, r, k, v, k_scale, v_scale, position, window, folded)
     rows = empty_int8_rows(1, heads * head_dim, q.device)
     wrap_triton(decode.combine_int8)[(heads, triton.cdiv(head_dim, COMBINE_BLOCK_D))](
         partial, top, total, *rows, D=head_dim, SPLITS=top.shape[1], BLOCK_D=COMBINE_BLOCK_D, dtype=_TRITON[q.dtype],
@@ -103,7 +108,6 @@ def _split(
     v: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    table: Tensor | None,
     position: Tensor,
     window: int,
     folded: bool,
@@ -111,15 +115,15 @@ def _split(
     heads, _, head_dim = q.shape
     kv_heads, slots = v.shape[0], v.shape[1]
     group = heads // kv_heads
-    config = decode_config(current_target(), head_dim, cache_kind(folded, table is not None))
+    config = decode_config(current_target(), head_dim, cache_kind(folded, k_scale is not None))
     partial = torch.empty((heads, config.splits, head_dim), dtype=torch.float32, device=q.device)
     top = torch.empty((heads, config.splits), dtype=torch.float32, device=q.device)
     total = torch.empty_like(top)
     wrap_triton(decode.split)[(kv_heads, config.splits)](
         q, q if r is None else r, k, k if k_scale is None else k_scale, v, v if v_scale is None else v_scale,
-        q if table is None else table, position, partial, top, total, slots,
+        position, partial, top, total, slots,
         WINDOW=window, GROUP=group, **_widths(q, r), SPLITS=config.splits, BLOCK_S=config.block_s,
-        ROWS=max(_SMALLEST_DOT, triton.next_power_of_2(group)), FOLDED=folded, TQ4=table is not None, DOT=tl.bfloat16,
+        ROWS=max(_SMALLEST_DOT, triton.next_power_of_2(group)), FOLDED=folded, **_number(k_scale is not None),
         PDL=current_target().dependent_launch, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return partial, top, total
@@ -133,7 +137,6 @@ def prefill_attention(
     v: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    table: Tensor | None,
     position: Tensor,
     window: int,
     folded: bool,
@@ -142,13 +145,13 @@ def prefill_attention(
     heads, tokens, head_dim = q.shape
     kv_heads, slots = v.shape[0], v.shape[1]
     group = heads // kv_heads
-    config = prefill_config(current_target(), head_dim, cache_kind(folded, table is not None))
+    config = prefill_config(current_target(), head_dim, cache_kind(folded, k_scale is not None))
     out = torch.empty_like(q)
     wrap_triton(prefill.attend)[(triton.cdiv(tokens, config.rows // group), kv_heads)](
         q, q if r is None else r, k, k if k_scale is None else k_scale, v, v if v_scale is None else v_scale,
-        q if table is None else table, position, out, tokens, slots,
+        position, out, tokens, slots,
         WINDOW=window, GROUP=group, **_widths(q, r), BLOCK_S=config.block_s, ROWS=config.rows,
-        FOLDED=folded, TQ4=table is not None, DOT=tl.bfloat16,
+        FOLDED=folded, **_number(k_scale is not None),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
@@ -163,12 +166,11 @@ def _cpu(
     v: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    table: Tensor | None,
     position: Tensor,
     window: int,
     folded: bool,
 ) -> Tensor:
-    cache = AttentionCache(k, v, k_scale, v_scale, table, folded)
+    cache = AttentionCache(k, v, k_scale, v_scale, folded)
     return reference.attention(q, r, cache, position, window).to(q.dtype)
 
 
@@ -180,10 +182,9 @@ def _cpu_int8(
     v: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    table: Tensor | None,
     position: Tensor,
     window: int,
     folded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cache = AttentionCache(k, v, k_scale, v_scale, table, folded)
+    cache = AttentionCache(k, v, k_scale, v_scale, folded)
     return quantize(reference.attention(q, r, cache, position, window).to(q.dtype).view(1, -1))

@@ -15,7 +15,6 @@ class AttentionCache:
         k: [H_kv, S, D] keys, or [H_kv, S, R] rotated key dims when `folded`; TQ4: uint8, half as wide.
         v: [H_kv, S, D] values; TQ4: uint8 [H_kv, S, D / 2].
         k_scale, v_scale: [H_kv, S] float16, TQ4 only.
-        table: [16] float32 levels, TQ4 only.
         folded: whether scores come from v and the rotated key dims.
     """
 
@@ -23,13 +22,12 @@ class AttentionCache:
     v: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
-    table: Tensor | None = None
     folded: bool = False
 
     @property
     def kind(self) -> str:
         """Which of the four: "plain", "folded", "tq4" or "folded-tq4"."""
-        return cache_kind(self.folded, self.table is not None)
+        return cache_kind(self.folded, self.k_scale is not None)
 
 
 def cache_kind(folded: bool, tq4: bool) -> str:

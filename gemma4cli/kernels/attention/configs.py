@@ -84,14 +84,14 @@ _PREFILL: dict[str, dict[str, PrefillConfig]] = {
     "sm_86": {
         "plain": PrefillConfig(32, 16, 8, 1),
         "folded": PrefillConfig(32, 16, 8, 1),
-        "tq4": PrefillConfig(32, 16, 4, 1),
-        "folded-tq4": PrefillConfig(16, 16, 4, 1),
+        "tq4": PrefillConfig(32, 32, 8, 1),
+        "folded-tq4": PrefillConfig(32, 32, 8, 1),
     },
     "sm_120": {
         "plain": PrefillConfig(32, 16, 8, 1),
         "folded": PrefillConfig(32, 16, 8, 1),
-        "tq4": PrefillConfig(32, 16, 4, 1),
-        "folded-tq4": PrefillConfig(16, 16, 4, 1),
+        "tq4": PrefillConfig(32, 32, 8, 1),
+        "folded-tq4": PrefillConfig(32, 32, 8, 1),
     },
 }
 _PREFILL_RING = {

@@ -4,7 +4,8 @@ A cache is one of four kinds, all read by the same kernel:
 
     plain    scores = q . K                       values V
     folded   scores = q_v . V + q_r . K_r         values V      (layers whose K and V share a projection: reference.py)
-    tq4      each vector as 4-bit codes of a rotated unit vector times a scale (turboquant.py); the query comes rotated
+    tq4      each vector as 4-bit codes of a rotated unit vector times a scale (turboquant.py); the query comes rotated,
+             and scales meet scores and weights, not vectors
 
 Vectors are read as two halves, dims 0 .. D/2 - 1 and D/2 .. D - 1: the two nibbles of a 4-bit code's byte. Positions,
 not slots, are walked, from the first the window shows to the last written, so cost follows the context and never the
@@ -14,11 +15,45 @@ right as it grows.
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
 
+from gemma4cli.kernels.attention.turboquant import COEFFICIENTS
 from gemma4cli.kernels.dependent_launch import start_successor, wait_for_predecessor
 from gemma4cli.kernels.quantized_matmul.decode import write_int8
+
+_A = tl.constexpr(COEFFICIENTS[0])
+_B = tl.constexpr(COEFFICIENTS[1])
+_C = tl.constexpr(COEFFICIENTS[2])
+
+
+def _pair(value: float) -> str:
+    """Two float16 of one value, as the immediate of an instruction."""
+    return f"0x{2 * struct.pack('>e', value).hex()}"
+
+
+# Four bytes of two codes each. A doubled code becomes the low bits of a float16 of exponent 6, which makes it 64 plus
+# its sixteenth, and the polynomial follows two at a time.
+_LEVELS = tl.constexpr(
+    "{ .reg .b32 low, high, s, u, v, centre, a, b, c;"
+    "shl.b32 low, $4, 1; and.b32 low, low, 0x1E1E1E1E;"
+    "shr.u32 high, $4, 3; and.b32 high, high, 0x1E1E1E1E;"
+    f"mov.b32 centre, {_pair(-64 - 15 / 16)};"
+    + "".join(f"mov.b32 {name}, {_pair(value)};" for name, value in zip("abc", COEFFICIENTS, strict=True))
+    + "".join(
+        f"prmt.b32 s, {source}, 0x54545454, {selector}; add.rn.f16x2 s, s, centre; mul.rn.f16x2 u, s, s;"
+        f"fma.rn.f16x2 v, u, c, b; fma.rn.f16x2 v, v, u, a; mul.rn.f16x2 {result}, s, v;"
+        for result, source, selector in (
+            ("$0", "low", "0x4140"),
+            ("$1", "low", "0x4342"),
+            ("$2", "high", "0x4140"),
+            ("$3", "high", "0x4342"),
+        )
+    )
+    + "}"
+)
 
 
 @triton.jit
@@ -31,25 +66,60 @@ def _slots(position0, S, WINDOW: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def _half(
-    ptr, scale_ptr, table_ptr, head, slot, inside,
-    S, D: tl.constexpr, SECOND: tl.constexpr, WIDTH: tl.constexpr, TQ4: tl.constexpr,
-):  # fmt: skip
-    """Load one half of the vectors in the given slots: [BLOCK_S, WIDTH], float32 if TQ4; WIDTH >= D / 2, the rest 0.
+def _level(code):
+    """turboquant.codebook of codes 0 .. 15, float16, without assembly."""
+    s = ((2 * code.to(tl.int32) - 15).to(tl.float32) / 16).to(tl.float32)
+    square = s * s
+    inner = (square * _C + _B).to(tl.float16).to(tl.float32)
+    return (s * (inner * square + _A).to(tl.float16).to(tl.float32)).to(tl.float16)
 
-    One 64-bit base per head and 32-bit offsets inside it: a head's cache has fewer than 2^31 values.
+
+@triton.jit
+def _levels(packed, ASM: tl.constexpr):
+    """turboquant.codebook of the low and of the high nibbles of bytes, float16."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _LEVELS, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:  # Triton's interpreter has no inline assembly
+        return _level(packed & 15), _level(packed >> 4)
+
+
+@triton.jit
+def _halves(
+    ptr, head, slot, inside, S,
+    D: tl.constexpr, WIDTH: tl.constexpr, TQ4: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Load both halves of the vectors in the given slots: [BLOCK_S, WIDTH] each; WIDTH >= D / 2, the rest anything.
+
+    TQ4: levels, without the vectors' scales. One 64-bit base per head and 32-bit offsets inside it: a head's cache has
+    fewer than 2^31 values.
     """
     HALF: tl.constexpr = D // 2
     column = tl.arange(0, WIDTH)
-    mask = inside[:, None] & (column < HALF)[None, :]
+    mask = inside[:, None] if WIDTH == HALF else inside[:, None] & (column < HALF)[None, :]
     base = head.to(tl.int64) * S
     if TQ4:
         packed = tl.load(ptr + base * HALF + (slot[:, None] * HALF + column[None, :]), mask=mask, other=0)
-        code = (packed.to(tl.int32) >> (4 * SECOND)) & 15
-        scale = tl.load(scale_ptr + base + slot, mask=inside, other=0.0).to(tl.float32)
-        return tl.where(mask, tl.load(table_ptr + code) * scale[:, None], 0.0)
+        first, second = _levels(packed, ASM)
+        return first.to(DOT), second.to(DOT)
     else:
-        return tl.load(ptr + base * D + (slot[:, None] * D + SECOND * HALF + column[None, :]), mask=mask, other=0.0)
+        first = tl.load(ptr + base * D + (slot[:, None] * D + column[None, :]), mask=mask, other=0.0)
+        second = tl.load(ptr + base * D + (slot[:, None] * D + HALF + column[None, :]), mask=mask, other=0.0)
+        return first.to(DOT), second.to(DOT)
+
+
+@triton.jit
+def _scale(ptr, head, slot, inside, S):
+    """Load the scales of the vectors in the given slots: [BLOCK_S] float32."""
+    return tl.load(ptr + head.to(tl.int64) * S + slot, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _products(a0, a1, b0, b1):
+    """a b^T from the halves of both: [ROWS, BLOCK_S] float32."""
+    first = tl.dot(a0, tl.trans(b0), input_precision="ieee")
+    return tl.dot(a1, tl.trans(b1), first, input_precision="ieee")
 
 
 @triton.jit
@@ -69,7 +139,6 @@ def split(
     k_scale_ptr,
     v_ptr,
     v_scale_ptr,
-    table_ptr,
     position_ptr,
     partial_ptr,
     top_ptr,
@@ -87,6 +156,7 @@ def split(
     FOLDED: tl.constexpr,
     TQ4: tl.constexpr,
     DOT: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """Attention of one KV head's query group over one share of the positions.
@@ -120,25 +190,24 @@ def split(
         position = position0 + tl.arange(0, BLOCK_S)
         inside = position < end
         slot = _slots(position0, S, WINDOW, BLOCK_S)
-        v0 = _half(v_ptr, v_scale_ptr, table_ptr, head, slot, inside, S, D, 0, HALF, TQ4).to(DOT)
-        v1 = _half(v_ptr, v_scale_ptr, table_ptr, head, slot, inside, S, D, 1, HALF, TQ4).to(DOT)
+        v0, v1 = _halves(v_ptr, head, slot, inside, S, D, HALF, TQ4, DOT, ASM)
+        k0, k1 = _halves(k_ptr, head, slot, inside, S, R, R_HALF, TQ4, DOT, ASM)
+        if TQ4:
+            k_scale = _scale(k_scale_ptr, head, slot, inside, S)[None, :]
+            v_scale = _scale(v_scale_ptr, head, slot, inside, S)[None, :]
         if FOLDED:
-            scores = tl.dot(q0, tl.trans(v0), input_precision="ieee")
-            scores = tl.dot(q1, tl.trans(v1), scores, input_precision="ieee")
-            k0 = _half(k_ptr, k_scale_ptr, table_ptr, head, slot, inside, S, R, 0, R_HALF, TQ4).to(DOT)
-            k1 = _half(k_ptr, k_scale_ptr, table_ptr, head, slot, inside, S, R, 1, R_HALF, TQ4).to(DOT)
-            scores = tl.dot(r0, tl.trans(k0), scores, input_precision="ieee")
-            scores = tl.dot(r1, tl.trans(k1), scores, input_precision="ieee")
+            scores, turned = _products(q0, q1, v0, v1), _products(r0, r1, k0, k1)
+            scores = scores * v_scale + turned * k_scale if TQ4 else scores + turned
         else:
-            k0 = _half(k_ptr, k_scale_ptr, table_ptr, head, slot, inside, S, D, 0, HALF, TQ4).to(DOT)
-            k1 = _half(k_ptr, k_scale_ptr, table_ptr, head, slot, inside, S, D, 1, HALF, TQ4).to(DOT)
-            scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-            scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
+            scores = _products(q0, q1, k0, k1)
+            scores = scores * k_scale if TQ4 else scores
         scores = tl.where(inside[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         keep = tl.exp(top - higher)
         weight = tl.exp(scores - higher[:, None])
         total = total * keep + tl.sum(weight, axis=1)
+        if TQ4:
+            weight *= v_scale
         acc0 = tl.dot(weight.to(DOT), v0, acc0 * keep[:, None], input_precision="ieee")
         acc1 = tl.dot(weight.to(DOT), v1, acc1 * keep[:, None], input_precision="ieee")
         top = higher

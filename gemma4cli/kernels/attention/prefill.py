@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemma4cli.kernels.attention.decode import _half, _slots
+from gemma4cli.kernels.attention.decode import _halves, _products, _scale, _slots
 
 
 @triton.jit
@@ -30,7 +30,6 @@ def attend(
     k_scale_ptr,
     v_ptr,
     v_scale_ptr,
-    table_ptr,
     position_ptr,
     out_ptr,
     T,
@@ -46,6 +45,7 @@ def attend(
     FOLDED: tl.constexpr,
     TQ4: tl.constexpr,
     DOT: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """out [H, T, D] = attention of q [H, T, D] (and r [H, T, R]) at the consecutive positions `position` [T].
 
@@ -75,20 +75,17 @@ def attend(
         position = position0 + tl.arange(0, BLOCK_S)
         inside = position <= last
         slot = _slots(position0, S, WINDOW, BLOCK_S)
-        v0 = _half(v_ptr, v_scale_ptr, table_ptr, kv_head, slot, inside, S, D, 0, HALF, TQ4).to(DOT)
-        v1 = _half(v_ptr, v_scale_ptr, table_ptr, kv_head, slot, inside, S, D, 1, HALF, TQ4).to(DOT)
+        v0, v1 = _halves(v_ptr, kv_head, slot, inside, S, D, HALF, TQ4, DOT, ASM)
+        k0, k1 = _halves(k_ptr, kv_head, slot, inside, S, R, R_HALF, TQ4, DOT, ASM)
+        if TQ4:
+            k_scale = _scale(k_scale_ptr, kv_head, slot, inside, S)[None, :]
+            v_scale = _scale(v_scale_ptr, kv_head, slot, inside, S)[None, :]
         if FOLDED:
-            scores = tl.dot(q0, tl.trans(v0), input_precision="ieee")
-            scores = tl.dot(q1, tl.trans(v1), scores, input_precision="ieee")
-            k0 = _half(k_ptr, k_scale_ptr, table_ptr, kv_head, slot, inside, S, R, 0, R_HALF, TQ4).to(DOT)
-            k1 = _half(k_ptr, k_scale_ptr, table_ptr, kv_head, slot, inside, S, R, 1, R_HALF, TQ4).to(DOT)
-            scores = tl.dot(r0, tl.trans(k0), scores, input_precision="ieee")
-            scores = tl.dot(r1, tl.trans(k1), scores, input_precision="ieee")
+            scores, turned = _products(q0, q1, v0, v1), _products(r0, r1, k0, k1)
+            scores = scores * v_scale + turned * k_scale if TQ4 else scores + turned
         else:
-            k0 = _half(k_ptr, k_scale_ptr, table_ptr, kv_head, slot, inside, S, D, 0, HALF, TQ4).to(DOT)
-            k1 = _half(k_ptr, k_scale_ptr, table_ptr, kv_head, slot, inside, S, D, 1, HALF, TQ4).to(DOT)
-            scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-            scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
+            scores = _products(q0, q1, k0, k1)
+            scores = scores * k_scale if TQ4 else scores
         seen = inside[None, :] & (position[None, :] <= query[:, None])
         if WINDOW > 0:
             seen = seen & (query[:, None] - position[None, :] < WINDOW)
@@ -97,6 +94,8 @@ def attend(
         keep = tl.exp(top - higher)
         weight = tl.exp(scores - higher[:, None])
         total = total * keep + tl.sum(weight, axis=1)
+        if TQ4:
+            weight *= v_scale
         acc0 = tl.dot(weight.to(DOT), v0, acc0 * keep[:, None], input_precision="ieee")
         acc1 = tl.dot(weight.to(DOT), v1, acc1 * keep[:, None], input_precision="ieee")
         top = higher

@@ -44,8 +44,8 @@ def attention(q: Tensor, r: Tensor | None, cache: AttentionCache, position: Tens
     """
     kv_heads, slots = cache.v.shape[0], cache.v.shape[1]
     group = q.shape[0] // kv_heads
-    values = _vectors(cache.v, cache.v_scale, cache.table)
-    keys = _vectors(cache.k, cache.k_scale, cache.table)
+    values = _vectors(cache.v, cache.v_scale)
+    keys = _vectors(cache.k, cache.k_scale)
     last = position[-1:]
     held = last - torch.remainder(last - torch.arange(slots, device=q.device), slots)
     seen = (held >= 0) & (held <= position[:, None])
@@ -63,7 +63,7 @@ def attention(q: Tensor, r: Tensor | None, cache: AttentionCache, position: Tens
     return torch.einsum("hts,hsd->htd", weight, values.repeat_interleave(group, 0))
 
 
-def _vectors(stored: Tensor, scale: Tensor | None, table: Tensor | None) -> Tensor:
-    if scale is None or table is None:
+def _vectors(stored: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
         return stored.float()
-    return turboquant.decode(stored, scale, table)
+    return turboquant.decode(stored, scale, turboquant.codebook().to(stored.device))

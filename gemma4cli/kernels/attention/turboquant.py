@@ -1,37 +1,36 @@
-"""TurboQuant (arXiv 2504.19874) for cached vectors: rotate, normalize, round each coordinate to 16 Lloyd-Max levels.
+"""TurboQuant (arXiv 2504.19874) for cached vectors: rotate, normalize, round each coordinate to one of 16 levels.
 
 A random rotation makes the coordinates of any unit vector of size D nearly Gaussian with variance 1 / D, so one
-codebook fits all: the 16 levels that are optimal (Lloyd-Max) for the standard normal, divided by sqrt(D). A rotation
-preserves dot products, so attention never undoes it per key: the query is rotated once, and the mixed value once back.
+codebook fits all: 16 levels for the standard normal, divided by sqrt(D). A rotation preserves dot products, so
+attention never undoes it per key: the query is rotated once, and the mixed value once back.
 
-Departure from the paper, for less error at the same size: the stored scale is not the vector's norm but the factor that
-makes scale * codebook[codes] closest to the vector, <y, c> / <c, c>.
+Departures from the paper. The stored scale is not the vector's norm but the factor that makes scale * codebook[codes]
+closest to the vector, <y, c> / <c, c>: less error at the same size. The levels are not the optimal ones (Lloyd-Max) but
+a polynomial's, 0.16 % more error, because a GPU computes two of them in six instructions and looks them up in dozens.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 LEVELS = 16
-_ITERATIONS = 500
+# level = s (A + s^2 (B + s^2 C)), s = (2 code - 15) / 16: least distortion of a standard normal among such float16
+# coefficients; every step rounded to float16, as the kernels compute it.
+COEFFICIENTS = (2.1015625, 0.08001708984375, 0.9501953125)
 
 
-def normal_codebook() -> Tensor:
-    """Return the 16 Lloyd-Max levels of the standard normal distribution, ascending, float64.
+def codebook() -> Tensor:
+    """Return the 16 levels for a standard normal, ascending, float32; each is exactly a float16."""
+    a, b, c = COEFFICIENTS
+    s = (2 * torch.arange(LEVELS, dtype=torch.float64) - 15) / 16
+    square = s * s
+    inner = _half(c * square + b)
+    return _half(s * _half(inner * square + a)).to(torch.float32)
 
-    Fixed point of: boundaries halfway between levels, each level the mean of the normal between its boundaries.
-    """
-    levels = torch.linspace(-2.5, 2.5, LEVELS, dtype=torch.float64)
-    infinity = torch.tensor([math.inf], dtype=torch.float64)
-    for _ in range(_ITERATIONS):
-        edges = torch.cat([-infinity, (levels[1:] + levels[:-1]) / 2, infinity])
-        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-        mass = torch.special.ndtr(edges)
-        levels = (density[:-1] - density[1:]) / (mass[1:] - mass[:-1])
-    return levels
+
+def _half(x: Tensor) -> Tensor:
+    return x.to(torch.float16).to(torch.float64)
 
 
 def random_rotation(size: int, seed: int) -> Tensor:
@@ -39,7 +38,8 @@ def random_rotation(size: int, seed: int) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(seed)
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
-    return (q * torch.sign(torch.diagonal(r))).to(torch.float32)
+    # Contiguous also on the meta device, where qr says otherwise: programs are compiled for the layout seen there.
+    return (q * torch.sign(torch.diagonal(r))).to(torch.float32).contiguous()
 
 
 def boundaries(codebook: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ def make_cache(
     width = rotated if kind.startswith("folded") else head_dim
     k = torch.randn(kv_heads, slots, width, generator=generator)
     v = torch.randn(kv_heads, slots, head_dim, generator=generator)
-    k_scale = v_scale = table = None
+    k_scale = v_scale = None
     if kind.endswith("tq4"):
-        table = turboquant.normal_codebook().float()
+        table = turboquant.codebook()
         k, k_scale = turboquant.encode(k, torch.eye(width), table)
         v, v_scale = turboquant.encode(v, torch.eye(head_dim), table)
         k_scale[:, written:] = torch.inf
@@ -31,7 +31,7 @@ def make_cache(
     else:
         k[:, written:] = 1e30
         v[:, written:] = torch.nan
-    return AttentionCache(k, v, k_scale, v_scale, table, folded=kind.startswith("folded"))
+    return AttentionCache(k, v, k_scale, v_scale, folded=kind.startswith("folded"))
 
 
 def widths(head_dim: int, rotated: int) -> dict[str, int]:
@@ -40,8 +40,7 @@ def widths(head_dim: int, rotated: int) -> dict[str, int]:
 
 def pointers(cache: AttentionCache, q: torch.Tensor, r: torch.Tensor | None) -> list[torch.Tensor]:
     instead = lambda tensor, other: other if tensor is None else tensor  # noqa: E731
-    return [q, instead(r, q), cache.k, instead(cache.k_scale, cache.k), cache.v, instead(cache.v_scale, cache.v),
-            instead(cache.table, q)]  # fmt: skip
+    return [q, instead(r, q), cache.k, instead(cache.k_scale, cache.k), cache.v, instead(cache.v_scale, cache.v)]
 
 
 def error(y: torch.Tensor, expected: torch.Tensor) -> float:
@@ -73,8 +72,8 @@ def test_decode(kind: str, position: int, slots: int, window: int) -> None:
     partial = torch.full((kv_heads * group, splits, head_dim), torch.nan)
     top, total = torch.full((kv_heads * group, splits), torch.nan), torch.full((kv_heads * group, splits), torch.nan)
     decode.split[(kv_heads, splits)](
-        *pointers(cache, q, r), where, partial, top, total, slots, WINDOW=window, GROUP=group, **widths(head_dim, rotated),
-        SPLITS=splits, BLOCK_S=16, ROWS=16, FOLDED=cache.folded, TQ4=cache.table is not None, DOT=tl.float32,
+        *pointers(cache, q, r), where, partial, top, total, slots, WINDOW=window, GROUP=group, **widths(head_dim, rotated if cache.folded else head_dim),
+        SPLITS=splits, BLOCK_S=16, ROWS=16, FOLDED=cache.folded, TQ4=cache.k_scale is not None, DOT=tl.float32, ASM=False,
     )  # fmt: skip
     out = torch.full_like(q, torch.nan)
     decode.combine[(kv_heads * group, 2)](partial, top, total, out, D=head_dim, SPLITS=splits, BLOCK_D=32)
@@ -96,7 +95,28 @@ def test_prefill(kind: str, first: int, tokens: int, slots: int, window: int) ->
     out = torch.full_like(q, torch.nan)
     rows = 16
     prefill.attend[(triton.cdiv(tokens, rows // group), kv_heads)](
-        *pointers(cache, q, r), where, out, tokens, slots, WINDOW=window, GROUP=group, **widths(head_dim, rotated),
-        BLOCK_S=16, ROWS=rows, FOLDED=cache.folded, TQ4=cache.table is not None, DOT=tl.float32,
+        *pointers(cache, q, r), where, out, tokens, slots, WINDOW=window, GROUP=group, **widths(head_dim, rotated if cache.folded else head_dim),
+        BLOCK_S=16, ROWS=rows, FOLDED=cache.folded, TQ4=cache.k_scale is not None, DOT=tl.float32, ASM=False,
     )  # fmt: skip
     assert error(out, reference.attention(q, r, cache, where, window)) < 2e-6
+
+
+def test_levels_are_the_codebook() -> None:
+    """The arithmetic that stands for the assembly, which tests/kernels/test_attention.py compiles."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    first, second = (
+        torch.full((256,), torch.nan, dtype=torch.float16),
+        torch.full((256,), torch.nan, dtype=torch.float16),
+    )
+
+    @triton.jit
+    def both(codes_ptr, first_ptr, second_ptr):
+        index = tl.arange(0, 256)
+        low, high = decode._levels(tl.load(codes_ptr + index), False)
+        tl.store(first_ptr + index, low)
+        tl.store(second_ptr + index, high)
+
+    both[(1,)](codes, first, second)
+    table = turboquant.codebook()
+    assert torch.equal(first.float(), table[codes.long() & 15])
+    assert torch.equal(second.float(), table[codes.long() >> 4])

@@ -1,0 +1,45 @@
+"""Programs built ahead are those that an export of such a model asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from gemma4cli.export.cuda.model import Signature
+from gemma4cli.model.config import Gemma4Config
+from gemma4cli.model.kv_cache import CacheSpec
+from gemma4cli.quant.checkpoint import open_checkpoint
+from gemma4cli.quant.quantize import quantize_checkpoint
+from gemma4cli.quant.recipe import BUILT_IN, load_recipe
+from tests.support.gemma4_31b import config_dict
+from tests.support.tiny import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    path = Path(__file__).parents[2] / "tools" / "prebuild_programs.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("recipe", BUILT_IN)
+def test_a_recipes_formats_are_those_of_its_checkpoint(tool: ModuleType, recipe: str, tmp_path: Path) -> None:
+    quantize_checkpoint(write_checkpoint(tmp_path / "plain"), tmp_path / "quantized", load_recipe(recipe))
+    reader = open_checkpoint(tmp_path / "quantized")
+    signature = Signature.of(reader, CacheSpec(64, 8, torch.bfloat16), "folded")
+    assert tool.formats_of(reader.config, recipe) == signature.formats
+
+
+def test_the_mix_of_a_full_size_file(tool: ModuleType) -> None:
+    """Counted in such a file of the 31B: 353 tensors Q4_K, 58 Q6_K; see also tests of `g4 export` of GGUF files."""
+    formats = tool.formats_of(Gemma4Config.from_json(config_dict()), "q4_k_m")
+    better = sorted(name for name, fmt in formats.items() if fmt.bits == 6)
+    assert (len(formats), len(better)) == (411, 58)
+    downs = sorted(int(name.split(".")[2]) for name in better if "down_proj" in name)
+    assert downs == [*range(7), *range(9, 52, 3), *range(52, 60)]

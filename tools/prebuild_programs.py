@@ -1,0 +1,86 @@
+"""Compile the CUDA programs of standard configurations ahead, from shapes alone: no checkpoint, no GPU.
+
+    python tools/prebuild_programs.py CONFIG.json --mix q4_k_m --ctx 128k --kv folded --target sm_90 --out DIR
+
+DIR may be given to users: with G4_PROGRAMS=DIR, or as gemma4cli/data/programs in a wheel, their `g4 export` of such a
+model packs weights and compiles nothing. A mix is a built-in recipe, or one of llama.cpp's:
+
+    q4_0     every matrix Q4_0, the embedding Q6_K
+    q4_k_m   Q4_K; Q6_K for the embedding, and for v and down in the first and last eighth of the layers and every
+             third between (llama.cpp, `use_more_bits`)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from gemma4cli.commands.options import parse_count
+from gemma4cli.console import open_console
+from gemma4cli.export.cuda.compile import compiled_libraries
+from gemma4cli.export.cuda.layers import KV_FORMATS
+from gemma4cli.export.cuda.model import Signature
+from gemma4cli.export.cuda_backend import DEFAULT_CHUNK
+from gemma4cli.kernels.quantized_matmul.format import WeightFormat
+from gemma4cli.kernels.targets import TARGETS, get_target
+from gemma4cli.model.config import Gemma4Config
+from gemma4cli.model.kv_cache import CacheSpec
+from gemma4cli.quant.pack import packed_format
+from gemma4cli.quant.quantize import stored_layout
+from gemma4cli.quant.recipe import BUILT_IN, load_recipe
+from gemma4cli.quant.tensors import is_quantized
+
+
+def q4_k_m(name: str, layer: int, layers: int) -> WeightFormat:
+    """The format of a matrix; `layer` is its number, -1 outside the layers."""
+    better = layer < 0 or layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    return _Q6 if better and name in ("embed_tokens", "v_proj", "down_proj") else _Q4_WITH_MIN
+
+
+def q4_0(name: str, layer: int, layers: int) -> WeightFormat:
+    """As ``q4_k_m``."""
+    return _Q6 if name == "embed_tokens" else _Q4
+
+
+_Q4, _Q4_WITH_MIN, _Q6 = WeightFormat(4, 32, False), WeightFormat(4, 32, True), WeightFormat(6, 16, False)
+MIXES = {"q4_k_m": q4_k_m, "q4_0": q4_0}
+
+
+def formats_of(config: Gemma4Config, mix: str) -> dict[str, WeightFormat]:
+    """Return the packed format of every matrix of a model quantized by a recipe or a mix."""
+    if mix in BUILT_IN:
+        layout = {
+            what.name: stored_layout(what, torch.bfloat16)
+            for what in load_recipe(mix).assign(config, separate_head=False)
+        }
+        return {name: packed_format(tensor, name) for name, tensor in layout.items() if is_quantized(tensor)}
+    formats = {}
+    for name, shape in config.parameter_shapes().items():
+        if len(shape) == 2:
+            parts = name.split(".")
+            layer = int(parts[2]) if parts[1] == "layers" else -1
+            formats[name] = MIXES[mix](parts[-2], layer, config.num_hidden_layers)
+    return formats
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="the model's config.json")
+    parser.add_argument("--mix", choices=[*BUILT_IN, *MIXES], required=True)
+    parser.add_argument("--ctx", type=parse_count, required=True)
+    parser.add_argument("--chunk", type=parse_count, default=DEFAULT_CHUNK)
+    parser.add_argument("--kv", choices=KV_FORMATS, required=True)
+    parser.add_argument("--target", choices=list(TARGETS), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    config = Gemma4Config.from_json(json.loads(options.config.read_text()))
+    spec = CacheSpec(options.ctx, options.chunk, torch.bfloat16)
+    signature = Signature(config, formats_of(config, options.mix), spec, options.kv)
+    compiled_libraries(signature, get_target(options.target), options.out, open_console().progress())
+
+
+if __name__ == "__main__":
+    main()
