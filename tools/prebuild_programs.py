@@ -6,8 +6,8 @@ DIR may be given to users: with G4_PROGRAMS=DIR, or as gemma4cli/data/programs i
 model packs weights and compiles nothing. A mix is a built-in recipe, or one of llama.cpp's:
 
     q4_0     every matrix Q4_0, the embedding Q6_K
-    q4_k_m   Q4_K; Q6_K for the embedding, and for v and down in the first and last eighth of the layers and every
-             third between (llama.cpp, `use_more_bits`)
+    q4_k_m   Q4_K; Q6_K for the embedding, and for v and down in the first and last eighth of the layers that have one
+             and every third between (llama.cpp, `use_more_bits`)
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from gemma4cli.quant.recipe import BUILT_IN, load_recipe
 from gemma4cli.quant.tensors import is_quantized
 
 
-def q4_k_m(name: str, layer: int, layers: int) -> WeightFormat:
-    """The format of a matrix; `layer` is its number, -1 outside the layers."""
-    better = layer < 0 or layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-    return _Q6 if better and name in ("embed_tokens", "v_proj", "down_proj") else _Q4_WITH_MIN
+def q4_k_m(name: str, index: int, count: int) -> WeightFormat:
+    """The format of a matrix, the `index`-th of `count` with its name."""
+    better = index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
+    return _Q6 if name == "embed_tokens" or (better and name in ("v_proj", "down_proj")) else _Q4_WITH_MIN
 
 
-def q4_0(name: str, layer: int, layers: int) -> WeightFormat:
+def q4_0(name: str, index: int, count: int) -> WeightFormat:
     """As ``q4_k_m``."""
     return _Q6 if name == "embed_tokens" else _Q4
 
@@ -57,13 +57,13 @@ def formats_of(config: Gemma4Config, mix: str) -> dict[str, WeightFormat]:
             for what in load_recipe(mix).assign(config, separate_head=False)
         }
         return {name: packed_format(tensor, name) for name, tensor in layout.items() if is_quantized(tensor)}
-    formats = {}
-    for name, shape in config.parameter_shapes().items():
-        if len(shape) == 2:
-            parts = name.split(".")
-            layer = int(parts[2]) if parts[1] == "layers" else -1
-            formats[name] = MIXES[mix](parts[-2], layer, config.num_hidden_layers)
-    return formats
+    matrices = [name for name, shape in config.parameter_shapes().items() if len(shape) == 2]
+    kinds: dict[str, list[str]] = {}
+    for name in matrices:
+        kinds.setdefault(name.split(".")[-2], []).append(name)
+    return {
+        name: MIXES[mix](kind, index, len(names)) for kind, names in kinds.items() for index, name in enumerate(names)
+    }
 
 
 def main() -> None:
