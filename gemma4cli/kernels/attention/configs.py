@@ -45,8 +45,8 @@ _DECODE: dict[str, dict[str, DecodeConfig]] = {
     "sm_90": {
         "plain": DecodeConfig(64, 32, 4, 3),
         "folded": DecodeConfig(64, 32, 4, 3),
-        "tq4": DecodeConfig(64, 64, 8, 1),
-        "folded-tq4": DecodeConfig(64, 32, 4, 1),
+        "tq4": DecodeConfig(64, 32, 4, 2),
+        "folded-tq4": DecodeConfig(64, 32, 4, 2),
     },
     "sm_86": {
         "plain": DecodeConfig(64, 32, 4, 1),
