@@ -161,16 +161,20 @@ def test_compiling_elsewhere_gives_the_same_bytes(tmp_path: Path) -> None:
     assert library.code == libraries(bundle())["decode"]
 
 
-def test_sizes_that_a_gpu_would_rather_have_padded_compile(tmp_path: Path) -> None:
-    """A rotation of 16 by 16: Inductor would time padded products, on a GPU that is not there."""
-    source = tiny.write_checkpoint(
-        tmp_path / "odd", seed=3, **WIDE | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
-    )
+@pytest.mark.parametrize(("target", "kv_format"), [("sm_80", "tq4"), ("sm_86", "bf16"), ("sm_90", "folded-tq4")])
+def test_every_target_and_kv_format_compiles(target: str, kv_format: str, tmp_path: Path) -> None:
+    """One full layer. Its rotations are 16 by 16, which Inductor would pad after timing it on a GPU that is not there."""
+    only_full = WIDE | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    source = tiny.write_checkpoint(tmp_path / "model", seed=3, **only_full)
     quantize_checkpoint(source, tmp_path / "quantized", load_recipe("default"))
     spec = CacheSpec(CONTEXT, CHUNK, torch.bfloat16)
-    signature = Signature.of(open_checkpoint(tmp_path / "quantized"), spec, "folded-tq4")
-    library = _compile_apart(signature, "decode", TARGETS["sm_90"], tmp_path)
-    assert any("rotation" in name for name in library.constants)
+    signature = Signature.of(open_checkpoint(tmp_path / "quantized"), spec, kv_format)
+    library = _compile_apart(signature, "decode", TARGETS[target], tmp_path)
+    assert any("rotation" in name for name in library.constants) == kv_format.endswith("tq4")
+    kernels = read_library(memoryview(library.code)).kernels
+    assert {kernel.architecture.capability for kernel in kernels} == {TARGETS[target].capability}
+    early = {symbol.name for symbol in Elf(memoryview(library.code)).symbols if symbol.name == "cuLaunchKernelEx"}
+    assert bool(early) == TARGETS[target].dependent_launch
 
 
 def test_a_program_that_came_ready_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

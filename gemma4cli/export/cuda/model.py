@@ -184,7 +184,7 @@ class CudaModel(nn.Module):
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Fill what the checkpoint tensor `name` goes to, packing it slab by slab if it is a matrix."""
-        place, part = self._place(name)
+        place, part = self.place_of(name)
         if not isinstance(place, PackedMatrix):
             getattr(place, part).data.copy_(tensor)
             return
@@ -192,7 +192,7 @@ class CudaModel(nn.Module):
         for row in range(0, tensor.shape[0], _SLAB_ROWS):
             place.put(pack_weight(tensor[row : row + _SLAB_ROWS], name, place.format.has_min), first + row)
 
-    def _place(self, name: str) -> tuple[nn.Module, str]:
+    def place_of(self, name: str) -> tuple[nn.Module, str]:
         """Return the module and attribute of a plain tensor, or the matrix and first row of a projection."""
         if name == _EMBEDDING:
             return self.embed_tokens, "0"

@@ -113,7 +113,7 @@ class _Packing:
 
     def jobs(self, name: str, checkpoint: Checkpoint) -> Iterator[Callable[[], int]]:
         """Yield what there is to do for a tensor of the checkpoint; each job returns how many bytes it wrote."""
-        place, part = self._model._place(name)
+        place, part = self._model.place_of(name)
         prefix = f"{self._names[place]}."
         if not isinstance(place, PackedMatrix):
             value = checkpoint.tensor(name).to(getattr(place, part).dtype)
