@@ -159,8 +159,8 @@ def tune_matvec(name: str, fmt_name: str, deadline: float) -> dict | None:
 
 
 MATMUL_CONFIGS = [  # (BLOCK_N, BLOCK_M, GROUP_M, warps, stages)
-    (64, 128, 8, 4, 3), (64, 128, 8, 4, 4), (128, 128, 8, 8, 3), (128, 128, 8, 8, 4), (64, 256, 8, 8, 3), (64, 256, 8, 4, 3),
-    (128, 256, 8, 8, 3), (64, 256, 8, 4, 4), (128, 256, 8, 8, 4), (256, 128, 8, 8, 3), (128, 64, 8, 4, 4),
+    (128, 256, 2, 8, 3), (128, 256, 1, 8, 3), (128, 256, 4, 8, 3), (128, 256, 8, 8, 3), (128, 128, 2, 8, 3),
+    (128, 64, 4, 8, 3), (128, 64, 4, 8, 4), (64, 128, 4, 8, 3), (64, 256, 2, 4, 3),
 ]  # fmt: skip
 
 
@@ -187,8 +187,8 @@ def tune_matmul(name: str, fmt_name: str, tokens: int, deadline: float) -> dict 
 
         def body(i: int) -> None:
             prefill.matmul[grid](  # noqa: B023
-                w.codes.view(torch.uint8), high.view(torch.uint8), w.sub, w.step, x, y, tokens, n, k,  # noqa: B023
-                fmt.bits, fmt.group_size, fmt.has_min, block_n, block_m, group_m, tl.bfloat16,  # noqa: B023
+                w.codes, high, w.sub, w.step, x, y, tokens, n, k,  # noqa: B023
+                fmt.bits, fmt.group_size, fmt.has_min, block_n, block_m, group_m, tl.bfloat16, True,  # noqa: B023
                 num_warps=warps, num_stages=stages,  # noqa: B023
             )  # fmt: skip
 

@@ -59,8 +59,9 @@ def compile_kernel(
     """Compile `kernel` for `target`.
 
     Args:
-        arguments: every parameter by name: a Triton type ("*bf16", "*i8", "i32") for a run-time argument, any other
-            value for a constexpr one. Pointers are taken as 16-byte aligned, as PyTorch allocates them.
+        arguments: every parameter by name: a Triton type ("*bf16", "*i8", "i32"; "i32:16" for a multiple of 16) for a
+            run-time argument, any other value for a constexpr one. Pointers are taken as 16-byte aligned, as PyTorch
+            allocates them.
     """
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -71,8 +72,8 @@ def compile_kernel(
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         else:
-            signature[parameter.name] = value
-            if value.startswith("*"):
+            signature[parameter.name] = value.removesuffix(":16")
+            if value.startswith("*") or value.endswith(":16"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}

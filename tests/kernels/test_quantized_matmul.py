@@ -10,7 +10,7 @@ from gemma4cli.errors import G4Error
 from gemma4cli.kernels.compile import KernelCode, compile_kernel
 from gemma4cli.kernels.quantized_matmul import configs, decode, matmul, prefill, reference
 from gemma4cli.kernels.quantized_matmul.format import assemble, dequantize, encode_scales, pack, unpack_codes
-from gemma4cli.kernels.targets import TARGETS, compiling_for, get_target
+from gemma4cli.kernels.targets import TARGETS, Target, compiling_for, get_target
 from tests.support.packed_weights import FORMATS, random_weight
 
 
@@ -69,30 +69,42 @@ def test_the_op_exports_and_runs_on_the_cpu(rows: int) -> None:
 POINTERS = {"codes_ptr": "*i32", "high_ptr": "*i32", "sub_ptr": "*i8", "step_ptr": "*fp16", "xq_ptr": "*i32",
             "scale_ptr": "*fp32", "total_ptr": "*fp32", "y_ptr": "*bf16", "N": "i32"}  # fmt: skip
 MATRIX_POINTERS = {"codes_ptr": "*i32", "high_ptr": "*i32", "sub_ptr": "*i8", "step_ptr": "*fp16", "x_ptr": "*bf16",
-                   "y_ptr": "*bf16", "M": "i32", "N": "i32"}  # fmt: skip
+                   "y_ptr": "*bf16", "M": "i32", "N": "i32:16"}  # fmt: skip
 
 
-def compile_for(target_name: str, bits: int, group_size: int, has_min: bool) -> list[KernelCode]:
-    target = TARGETS[target_name]
-    mv, mm = configs.matvec_config(target), configs.matmul_config(target)
-    shape = {"K": 5376, "BLOCK_N": mv.block_n, "DP4A": True, "PDL": target.dependent_launch}
-    fmt = {"BITS": bits, "GROUP": group_size, "HAS_MIN": has_min}
+def compile_matvec(target: Target, bits: int, group_size: int, has_min: bool) -> KernelCode:
+    config = configs.matvec_config(target)
+    arguments = {**POINTERS, "K": 5376, "BLOCK_N": config.block_n, "DP4A": True, "PDL": target.dependent_launch}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if bits == 8:
-        vector = compile_kernel(decode.matvec_int8, {**POINTERS, **shape, "BLOCK_G": mv.block_k}, target,
-                                num_warps=mv.num_warps, num_stages=mv.num_stages)  # fmt: skip
-    else:
-        vector = compile_kernel(decode.matvec, {**POINTERS, **shape, **fmt, "BLOCK_B": mv.block_k}, target,
-                                num_warps=mv.num_warps, num_stages=mv.num_stages)  # fmt: skip
-    tile = {"K": 5376, "BLOCK_N": mm.block_n, "BLOCK_M": mm.block_m, "GROUP_M": mm.group_m, "DOT": tl.bfloat16}
-    matrix = compile_kernel(
-        prefill.matmul, {**MATRIX_POINTERS, **tile, **fmt}, target, num_warps=mm.num_warps, num_stages=mm.num_stages
-    )
-    return [vector, matrix]
+        return compile_kernel(decode.matvec_int8, {**arguments, "BLOCK_G": config.block_k}, target, **options)
+    fmt = {"BITS": bits, "GROUP": group_size, "HAS_MIN": has_min}
+    return compile_kernel(decode.matvec, {**arguments, **fmt, "BLOCK_B": config.block_k}, target, **options)
 
 
-@pytest.mark.parametrize("target_name", sorted(TARGETS))
+def compile_matmul(target: Target, bits: int, group_size: int, has_min: bool, k: int) -> KernelCode:
+    config = configs.matmul_config(target, bits)
+    arguments = {
+        **MATRIX_POINTERS, "K": k, "BITS": bits, "GROUP": group_size, "HAS_MIN": has_min, "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m, "GROUP_M": config.group_m, "DOT": tl.bfloat16, "LOP3": True,
+    }  # fmt: skip
+    return compile_kernel(prefill.matmul, arguments, target, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def assert_fits(code: KernelCode, target: Target) -> None:
+    assert code.shared_bytes <= target.shared_bytes_per_block, code.name
+    assert code.local_bytes == 0, f"{code.name} spills {code.local_bytes} bytes a thread"
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize(("bits", "group_size", "has_min"), FORMATS)
-def test_every_configuration_fits_its_target(target_name: str, bits: int, group_size: int, has_min: bool) -> None:
-    for code in compile_for(target_name, bits, group_size, has_min):
-        assert code.shared_bytes <= TARGETS[target_name].shared_bytes_per_block, code.name
-        assert code.local_bytes == 0, f"{code.name} spills {code.local_bytes} bytes a thread"
+def test_every_configuration_fits_its_target(target: Target, bits: int, group_size: int, has_min: bool) -> None:
+    assert_fits(compile_matvec(target, bits, group_size, has_min), target)
+    assert_fits(compile_matmul(target, bits, group_size, has_min, 5376), target)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize(("bits", "group_size", "has_min"), [(4, 32, True), (6, 16, False)])
+def test_the_longest_rows_of_q4_k_m_fit(target: Target, bits: int, group_size: int, has_min: bool) -> None:
+    """Longer rows once took an address more per row of x than there were registers."""
+    assert_fits(compile_matmul(target, bits, group_size, has_min, 21504), target)

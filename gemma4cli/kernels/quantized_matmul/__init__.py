@@ -114,13 +114,13 @@ def _prefill(
 ) -> Tensor:
     m, k = x.shape
     n = codes.shape[0]
-    config = matmul_config(current_target())
+    config = matmul_config(current_target(), bits)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m),)
     wrap_triton(prefill.matmul)[grid](
         codes, codes if high is None else high, sub, step, x, y, m, n,
         K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min,
-        BLOCK_N=config.block_n, BLOCK_M=config.block_m, GROUP_M=config.group_m, DOT=tl.bfloat16,
+        BLOCK_N=config.block_n, BLOCK_M=config.block_m, GROUP_M=config.group_m, DOT=tl.bfloat16, LOP3=True,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return y

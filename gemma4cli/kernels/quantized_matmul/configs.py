@@ -1,8 +1,8 @@
 """Launch configurations of the low-bit matmul kernels, per target.
 
-sm_90 is recorded from bench/tune_matmul.py on an H200 (bench/results/matmul-h200.json). The others are not measured:
-they take the sm_90 choice where ptxas reports no spills and the shared memory fits the target, else the next smaller
-tile (tests/kernels/test_quantized_matmul.py compiles every entry for its target and holds it to that).
+sm_90 is measured on an H200 (bench/results/matmul-h200.json, matmul-prefill-h200.json). The others are not: they take
+the sm_90 choice where ptxas reports no spills and the shared memory fits the target, else the next smaller tile
+(tests/kernels/test_quantized_matmul.py compiles every entry for its target and holds it to that).
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ MATVEC: dict[str, MatvecConfig] = {
     "sm_120": MatvecConfig(2, 16, 1, 2),
 }
 MATMUL: dict[str, MatmulConfig] = {
-    "sm_80": MatmulConfig(128, 128, 8, 8, 3),
-    "sm_90": MatmulConfig(64, 256, 8, 4, 3),
-    "sm_86": MatmulConfig(128, 128, 8, 8, 2),
-    "sm_120": MatmulConfig(128, 128, 8, 8, 2),
+    "sm_80": MatmulConfig(128, 128, 2, 8, 3),
+    "sm_90": MatmulConfig(128, 256, 2, 8, 3),
+    "sm_86": MatmulConfig(128, 64, 4, 8, 3),
+    "sm_120": MatmulConfig(128, 64, 4, 8, 3),
 }
+# 6-bit weights take more registers to unpack: where the tile above would spill.
+MATMUL_6BIT: dict[str, MatmulConfig] = {"sm_80": MatmulConfig(128, 64, 4, 8, 3)}
 # Activation groups of 32 that one program of ``quantize_rows`` handles.
 QUANTIZE_ROWS_GROUPS = 8
 
@@ -53,5 +55,6 @@ def matvec_config(target: Target) -> MatvecConfig:
     return MATVEC[target.name]
 
 
-def matmul_config(target: Target) -> MatmulConfig:
-    return MATMUL[target.name]
+def matmul_config(target: Target, bits: int) -> MatmulConfig:
+    config = MATMUL[target.name]
+    return MATMUL_6BIT.get(target.name, config) if bits == 6 else config
