@@ -40,9 +40,9 @@ DECODE_CONFIGS = [  # (splits, block_s, warps, stages)
         (16, 2, 2),
     )
 ]
-PREFILL_CONFIGS = [  # (rows, block_s, warps, stages)
+PREFILL_CONFIGS = [  # (rows, block_s, warps, stages), also with K_r fetched ahead for a folded cache
     (32, 32, 4, 1), (32, 32, 8, 1), (64, 16, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 8, 2),
-    (64, 64, 8, 1), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 1), (128, 64, 8, 2), (128, 16, 8, 2),
+    (64, 64, 8, 1), (64, 64, 8, 2), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 1), (128, 64, 8, 2), (128, 16, 8, 2),
 ]  # fmt: skip
 
 
@@ -94,14 +94,14 @@ def decoder(cache: AttentionCache, shape: dict, q, r, position, config) -> tuple
 
 
 def prefiller(cache: AttentionCache, shape: dict, q, r, position, config) -> tuple[Callable[[], None], torch.Tensor]:
-    rows, block_s, warps, stages = config
+    rows, block_s, warps, stages, *ahead = config
     tokens, group = q.shape[1], shape["heads"] // shape["kv_heads"]
     out = torch.full_like(q, torch.nan)
 
     def run() -> None:
         prefill.attend[(triton.cdiv(tokens, rows // group), shape["kv_heads"])](
             *pointers(cache, q, r), position, out, tokens, cache.v.shape[1], **common(cache, shape),
-            BLOCK_S=block_s, ROWS=rows, num_warps=warps, num_stages=stages,
+            BLOCK_S=block_s, ROWS=rows, AHEAD=bool(ahead), num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
     return run, out
@@ -182,7 +182,8 @@ def main() -> None:
                                  None if cache.k_scale is None else cache.k_scale[:, :32768].contiguous(),
                                  None if cache.v_scale is None else cache.v_scale[:, :32768].contiguous(),
                                  cache.folded)  # fmt: skip
-            found = list(rows(prefiller, cut, FULL, q2, r2, where, PREFILL_CONFIGS, 3, deadline))
+            ahead = [(*config, "ahead") for config in PREFILL_CONFIGS] if kind == "folded" else []
+            found = list(rows(prefiller, cut, FULL, q2, r2, where, PREFILL_CONFIGS + ahead, 3, deadline))
             flops = 4 * 32 * 512 * 1024 * (depth + 512) / 1e6
             report(document, f"prefill {kind} 1024@{depth}", found, flops, "TFLOP/s")
         arguments.out.write_text(json.dumps(document, indent=1))

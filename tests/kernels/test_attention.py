@@ -91,6 +91,8 @@ def test_the_ops_export(tokens: int) -> None:
 
 # The 31B's layers: head size, rotated dims, window, query heads per KV head.
 FULL, SLIDING = (512, 128, 0, 8), (256, 256, 1024, 2)
+# Bytes a thread of kernels that are fastest nevertheless (bench/results/attention-prefill-h200.json).
+MEASURED_SPILLS = {("attend", "sm_90", "tq4"): 96, ("attend", "sm_90", "folded-tq4"): 112}
 CASES = [(kind, FULL) for kind in KINDS] + [("plain", SLIDING)]
 
 
@@ -113,9 +115,11 @@ def test_every_configuration_fits_its_target(target_name: str, kind: str, layer:
     codes = [
         compile_kernel(decode.split, {**common, **partial, "SPLITS": one.splits, "BLOCK_S": one.block_s, "ROWS": 16,
                        "PDL": target.dependent_launch}, target, num_warps=one.num_warps, num_stages=one.num_stages),
-        compile_kernel(prefill.attend, {**common, "out_ptr": "*bf16", "T": "i32", "BLOCK_S": many.block_s, "ROWS": many.rows},
+        compile_kernel(prefill.attend, {**common, "out_ptr": "*bf16", "T": "i32", "BLOCK_S": many.block_s, "ROWS": many.rows,
+                       "AHEAD": many.ahead},
                        target, num_warps=many.num_warps, num_stages=many.num_stages),
     ]  # fmt: skip
     for code in codes:
         assert code.shared_bytes <= target.shared_bytes_per_block, code.name
-        assert code.local_bytes == 0, f"{code.name} spills {code.local_bytes} bytes a thread"
+        allowed = MEASURED_SPILLS.get((code.name, target_name, kind), 0)
+        assert code.local_bytes <= allowed, f"{code.name} spills {code.local_bytes} bytes a thread"

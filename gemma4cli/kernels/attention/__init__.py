@@ -151,7 +151,7 @@ def prefill_attention(
         q, q if r is None else r, k, k if k_scale is None else k_scale, v, v if v_scale is None else v_scale,
         position, out, tokens, slots,
         WINDOW=window, GROUP=group, **_widths(q, r), BLOCK_S=config.block_s, ROWS=config.rows,
-        FOLDED=folded, **_number(k_scale is not None),
+        FOLDED=folded, **_number(k_scale is not None), AHEAD=config.ahead,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

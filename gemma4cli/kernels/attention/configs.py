@@ -1,7 +1,8 @@
 """Launch configurations of the attention kernels, per target, head size and kind of cache.
 
-sm_90 is recorded from bench/tune_attention.py on an H200 (bench/results/attention-h200.json), fastest of those that do
-not spill registers. Everything else is not measured: chosen to fit the target's shared memory without
+sm_90 is recorded on an H200 (bench/results/attention-h200.json and attention-prefill-h200.json), fastest of those that
+do not spill registers; but prefill over TQ4 spills what it reads once a step (some 100 bytes a thread), since without
+spills it takes 1.3 to 1.8 times as long. Everything else is not measured: chosen to fit the target's shared memory without
 spills (tests/kernels/test_attention.py compiles every entry and holds it to that).
 """
 
@@ -24,12 +25,16 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Rows (tokens times query heads of a group) and positions of a tile of ``prefill.attend``."""
+    """Rows (tokens times query heads of a group) and positions of a tile of ``prefill.attend``.
+
+    ahead: fetch a folded cache's K_r a step ahead into registers.
+    """
 
     rows: int
     block_s: int
     num_warps: int
     num_stages: int
+    ahead: bool = False
 
 
 COMBINE_BLOCK_D = 64
@@ -76,10 +81,10 @@ _PREFILL: dict[str, dict[str, PrefillConfig]] = {
         "folded-tq4": PrefillConfig(32, 32, 8, 1),
     },
     "sm_90": {
-        "plain": PrefillConfig(64, 32, 8, 2),
-        "folded": PrefillConfig(64, 32, 8, 3),
-        "tq4": PrefillConfig(32, 32, 8, 1),
-        "folded-tq4": PrefillConfig(32, 32, 8, 1),
+        "plain": PrefillConfig(64, 64, 8, 1),
+        "folded": PrefillConfig(64, 64, 8, 2, ahead=True),
+        "tq4": PrefillConfig(64, 64, 8, 1),
+        "folded-tq4": PrefillConfig(64, 64, 8, 1),
     },
     "sm_86": {
         "plain": PrefillConfig(32, 16, 8, 1),

@@ -83,22 +83,52 @@ def test_decode(kind: str, position: int, slots: int, window: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("first", "tokens", "slots", "window"),
-    [(0, 1, 40, 0), (0, 17, 40, 0), (19, 13, 40, 0), (0, 9, 16, 8), (37, 9, 16, 8)],
+    [
+        (0, 1, 40, 0),
+        (0, 17, 40, 0),
+        (19, 13, 40, 0),
+        (15, 8, 40, 0),  # steps that end where the tile begins: wholly seen, then wholly on the diagonal
+        (16, 9, 40, 0),
+        (40, 17, 63, 0),
+        (0, 9, 16, 8),
+        (37, 9, 16, 8),
+        (40, 17, 63, 32),  # the middle of the window is wholly seen, its edges are not
+        (63, 8, 71, 24),
+        (120, 19, 50, 32),  # steps that wrap around the ring
+    ],
 )
 def test_prefill(kind: str, first: int, tokens: int, slots: int, window: int) -> None:
-    head_dim, rotated, kv_heads, group = 64, 32, 2, 2
-    cache = make_cache(kind, kv_heads, slots, head_dim, rotated, min(first + tokens, slots), seed=first)
+    cache = make_cache(kind, 2, slots, 64, 32, min(first + tokens, slots), seed=first)
+    out, expected = run_prefill(cache, first, tokens, window)
+    assert error(out, expected) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prefill_fetches_ahead(dtype: torch.dtype) -> None:
+    """Values of 16 bits are carried in pairs."""
+    cache = make_cache("folded", 2, 60, 64, 32, 56, seed=3)
+    cache = AttentionCache(cache.k.to(dtype), cache.v.to(dtype), folded=True)
+    out, _ = run_prefill(cache, 37, 19, 0, ahead=True)
+    _, expected = run_prefill(AttentionCache(cache.k.float(), cache.v.float(), folded=True), 37, 19, 0)
+    assert error(out, expected) < 2e-6
+
+
+def run_prefill(
+    cache: AttentionCache, first: int, tokens: int, window: int, ahead: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel and the reference make of float32 queries."""
+    head_dim, rotated, kv_heads, group, rows = 64, 32, 2, 2, 16
     generator = torch.Generator().manual_seed(7)
     q = torch.randn(kv_heads * group, tokens, head_dim, generator=generator) * 0.3
     r = torch.randn(kv_heads * group, tokens, rotated, generator=generator) * 0.3 if cache.folded else None
     where = torch.arange(first, first + tokens)
     out = torch.full_like(q, torch.nan)
-    rows = 16
     prefill.attend[(triton.cdiv(tokens, rows // group), kv_heads)](
-        *pointers(cache, q, r), where, out, tokens, slots, WINDOW=window, GROUP=group, **widths(head_dim, rotated if cache.folded else head_dim),
-        BLOCK_S=16, ROWS=rows, FOLDED=cache.folded, TQ4=cache.k_scale is not None, DOT=tl.float32, ASM=False,
+        *pointers(cache, q, r), where, out, tokens, cache.v.shape[1], WINDOW=window, GROUP=group,
+        **widths(head_dim, rotated if cache.folded else head_dim), BLOCK_S=16, ROWS=rows, FOLDED=cache.folded,
+        TQ4=cache.k_scale is not None, DOT=tl.float32, ASM=False, AHEAD=ahead,
     )  # fmt: skip
-    assert error(out, reference.attention(q, r, cache, where, window)) < 2e-6
+    return out, reference.attention(q, r, cache, where, window)
 
 
 def test_levels_are_the_codebook() -> None:
