@@ -1,8 +1,8 @@
 """Launch configurations of the attention kernels, per target, head size and kind of cache.
 
 sm_90 is recorded on an H200 (bench/results/attention-h200.json and attention-prefill-h200.json), fastest of those that
-do not spill registers; but prefill over TQ4 spills what it reads once a step (some 100 bytes a thread), since without
-spills it takes 1.2 to 1.9 times as long. Everything else is not measured: chosen to fit the target's shared memory without
+do not spill registers; but prefill over TQ4 spills some 100 bytes a thread, since tiles without spills take 1.2 to 1.9
+times as long. Everything else is not measured: chosen to fit the target's shared memory without
 spills (tests/kernels/test_attention.py compiles every entry and holds it to that).
 """
 
