@@ -75,8 +75,8 @@ def test_attention_that_ends_in_int8_is_attention_rounded_to_int8() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=generator).bfloat16() for shape in ((4, 1, 64), (2, 9, 64), (2, 9, 64)))
     where = torch.tensor([6])
-    rows = decode_attention_int8(q, None, k, v, None, None, None, where, 0, False)
-    mixed = attend(q, None, AttentionCache(k, v, None, None, None, False), where, 0)
+    rows = decode_attention_int8(q, None, k, v, None, None, where, 0, False)
+    mixed = attend(q, None, AttentionCache(k, v), where, 0)
     for made, expected in zip(rows, quantize(mixed.view(1, -1)), strict=True):
         assert torch.equal(made, expected)
 

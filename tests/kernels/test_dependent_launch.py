@@ -12,7 +12,7 @@ from gemma4cli.kernels.attention.configs import decode_config
 from gemma4cli.kernels.compile import KernelCode, compile_kernel
 from gemma4cli.kernels.targets import TARGETS, Target
 from tests.kernels.test_decode_fusions import kernels as fused_kernels
-from tests.kernels.test_quantized_matmul import compile_for
+from tests.kernels.test_quantized_matmul import compile_matvec
 
 WAIT, START = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 READ, WRITTEN = r"\bld\.global", r"\b(st|atom|red)\.global|cp\.async"
@@ -34,7 +34,7 @@ def kernels(target: Target) -> list[KernelCode]:
     return [
         *fused_kernels(target),
         split,
-        *(compile_for(target.name, *fmt)[0] for fmt in ((4, 32, True), (8, 32, False))),
+        *(compile_matvec(target, *fmt) for fmt in ((4, 32, True), (8, 32, False))),
     ]
 
 
