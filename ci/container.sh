@@ -313,7 +313,9 @@ check_again() {
 # Needs no GPU.
 check_cuda() {
   local outside=$STATE/outside inside=$STATE/work/bundles/cuda
-  TAG=cuda build full --build-arg VARIANT=cuda
+  # Where there is torch's build for the CPU, too, uv takes that one for the newer.
+  grep -vE "^(extra-index-url|find-links) " "$STATE/uv.toml" > "$STATE/pypi.toml"
+  TAG=cuda build full --build-arg VARIANT=cuda --secret "id=uv.toml,src=$STATE/pypi.toml"
   podman images --format '{{.Repository}}:{{.Tag}} {{.Size}}' localhost/g4:cuda >&2
   MOUNTS=(--volume "$STATE/work:/bundles")
   expect 0 run cuda --version
