@@ -66,6 +66,7 @@ class RunnerEngine(Engine):
         self._stderr_tail: deque[str] = deque(maxlen=20)
         self._lock = threading.Lock()  # one request at a time
         self._next_id = 0
+        self._last_ended: int | None = None  # the request whose last reply was read most recently
         # A session of its own: Ctrl-C in the terminal must stop an answer, not the process that holds the model.
         self._process = subprocess.Popen(
             [native.find_runner(), "--bundle", bundle, *(() if threads is None else ("--threads", str(threads)))],
@@ -203,10 +204,11 @@ class RunnerEngine(Engine):
         """End a generation whose iterator was dropped half way, so that the next request finds the runner idle."""
         with contextlib.suppress(G4Error):
             self._send(f"cancel id={request_id}")
-            while True:
-                event = self._next_event(None)
-                if event is not None and event["event"] in ("done", "error"):
-                    return
+            # An interruption may have swallowed any reply, the last one too, so it is not waited for in the queue.
+            while self._last_ended != request_id:
+                self._next_event(_CANCEL_POLL_S)
+            while self._next_event(0) is not None:
+                pass
 
     def _wait_until_ready(self, timeout_s: float) -> Event:
         event = self._next_event(timeout_s)
@@ -267,9 +269,12 @@ class RunnerEngine(Engine):
         assert self._process.stdout is not None
         for line in self._process.stdout:
             try:
-                self._events.put(json.loads(line))
+                event = json.loads(line)
             except ValueError:
-                self._events.put({"event": "garbage", "text": line.decode("utf-8", errors="replace").strip()})
+                event = {"event": "garbage", "text": line.decode("utf-8", errors="replace").strip()}
+            self._events.put(event)
+            if isinstance(event, dict) and event.get("event") in ("done", "error"):
+                self._last_ended = event.get("id")
         self._events.put(None)
 
     def _read_stderr(self) -> None:

@@ -144,7 +144,10 @@ def test_ctrl_c_prints_what_was_measured(tmp_path: Path) -> None:
             assert process.poll() is None
         time.sleep(1.5)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "warning: Interrupted: the numbers are of what was measured so far." in err
     assert "Traceback" not in err

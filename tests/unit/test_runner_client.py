@@ -141,3 +141,25 @@ def test_the_loader_path_names_executorchs_libraries_and_keeps_the_users(monkeyp
     first, second = native.runner_environment()["LD_LIBRARY_PATH"].split(":")
     assert (Path(first) / "libexecutorch.so").is_file()
     assert second == "/users/own"
+
+
+def test_a_request_whose_last_reply_was_swallowed_by_ctrl_c_ends(
+    fake_runner: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between taking the last reply and looking at it left g4 waiting for another, forever."""
+    done = '{"event":"done","id":0,"finish_reason":"length"}'
+    fake_runner(f"echo '{READY}'; read request; echo '{done}'; exec cat > /dev/null")
+    engine = start()
+    next_event = engine._next_event
+
+    def interrupted(timeout_s: float | None) -> dict | None:
+        event = next_event(timeout_s)
+        if event is not None:
+            monkeypatch.setattr(engine, "_next_event", next_event)
+            raise KeyboardInterrupt
+        return event
+
+    monkeypatch.setattr(engine, "_next_event", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.generate(REQUEST))
+    engine.close()
