@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.schema import DeviceType
 
@@ -136,6 +138,14 @@ def test_a_token_reads_each_weight_once_and_packed() -> None:
     bound = {weight.key: weight.nbytes for weight in weights if "kv_cache" not in weight.name}
     assert len(bound) == len([weight for weight in weights if "kv_cache" not in weight.name])
     assert packed <= sum(bound.values()) < packed + (64 << 10)
+
+
+def test_compilers_are_tritons_own_whatever_else_is_installed(tmp_path: Path) -> None:
+    environment = toolchain.environment_for(tmp_path, {"PATH": os.environ["PATH"], "TRITON_PTXAS_PATH": "/elsewhere"})
+    tools = [value for name, value in environment.items() if name.startswith("TRITON_") and name.endswith("_PATH")]
+    assert len(tools) == 3
+    for tool in tools:
+        assert Path(tool).is_file() and Path(tool).is_relative_to(Path(triton.__file__).parent)
 
 
 def test_nothing_of_this_machine_is_in_the_code() -> None:

@@ -99,8 +99,21 @@ def environment_for(scratch: Path, environment: Mapping[str, str] = os.environ) 
         "SOURCE_DATE_EPOCH": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
         "TRITON_CACHE_DIR": str(scratch / "triton"),
+        **_triton_tools(),
         "TRITON_DISABLE_LINE_INFO": "1",
         "TMPDIR": str(scratch),
+    }
+
+
+def _triton_tools() -> dict[str, str]:
+    """Triton's own assembler and library of functions: torch for CUDA brings others, of other versions."""
+    import triton
+
+    nvidia = Path(triton.__file__).parent / "backends" / "nvidia"
+    return {
+        "TRITON_PTXAS_PATH": str(nvidia / "bin" / "ptxas"),
+        "TRITON_PTXAS_BLACKWELL_PATH": str(nvidia / "bin" / "ptxas-blackwell"),
+        "TRITON_LIBDEVICE_PATH": str(nvidia / "lib" / "libdevice.10.bc"),
     }
 
 
