@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -35,7 +37,7 @@ from gemma4cli.quant.checkpoint import open_checkpoint
 from gemma4cli.quant.quantize import quantize_checkpoint
 from gemma4cli.quant.recipe import load_recipe
 from tests.support import tiny
-from tests.support.bundles import Run, home_of, made, run_g4
+from tests.support.bundles import PACKAGE, Run, home_of, made, run_g4
 
 G4 = Callable[..., Any]
 TARGET = "sm_120"
@@ -198,6 +200,21 @@ def test_a_program_that_came_ready_is_not_compiled(tmp_path: Path, monkeypatch: 
     made = Path(json.loads(run.stdout)["bundle"])
     assert (made / "model.pte").read_bytes() == (bundle() / "model.pte").read_bytes()
     assert not (tmp_path / "programs").exists()
+
+
+def test_programs_are_built_ahead_from_a_config_alone() -> None:
+    """By the same name as the export's: what that compiled is found, and nothing is compiled."""
+    ready = bundle().parents[1] / "programs"
+    before = sorted(ready.rglob("*"))
+    tool = PACKAGE.parent / "tools" / "prebuild_programs.py"
+    run = subprocess.run(
+        [sys.executable, tool, model(0) / "config.json", "--mix", "default", "--ctx", str(CONTEXT), "--chunk", str(CHUNK),
+         "--kv", "folded", "--target", TARGET, "--out", ready],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "compile" not in run.stderr
+    assert sorted(ready.rglob("*")) == before
 
 
 def test_a_folder_of_programs_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
