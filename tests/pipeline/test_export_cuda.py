@@ -150,6 +150,22 @@ def test_compilers_are_tritons_own_whatever_else_is_installed(tmp_path: Path) ->
         assert Path(tool).is_file() and Path(tool).is_relative_to(Path(triton.__file__).parent)
 
 
+def test_another_stub_of_the_driver_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of libraries that comes first otherwise, with a libcuda that has no function."""
+    subprocess.run(["g++", "-shared", "-xc", "/dev/null", "-o", tmp_path / "libcuda.so"], check=True)
+    monkeypatch.setenv("LIBRARY_PATH", str(tmp_path))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = toolchain.environment_for(scratch)
+    source, library = tmp_path / "a.cpp", tmp_path / "a.so"
+    source.write_text('extern "C" int cuLaunchKernel(); int a() { return cuLaunchKernel(); }')
+    subprocess.run(
+        [environment["CXX"], source, "-shared", "-fPIC", "-Wl,--as-needed", "-L", tmp_path, "-lcuda", "-o", library],
+        check=True, env=environment,
+    )  # fmt: skip
+    assert b"libcuda.so.1" in library.read_bytes()
+
+
 def test_nothing_of_this_machine_is_in_the_code() -> None:
     for code in libraries(bundle()).values():
         for trace in (str(Path.home()), str(Path(torch.__file__).parent), str(bundle().parents[1]), "/tmp/"):

@@ -33,7 +33,7 @@ for argument; do
     *.cpp) name=${{argument##*/}}; sources="$sources -ffile-prefix-map=$argument=${{name#*.}}" ;;
   esac
 done
-exec g++ {maps} $sources "$@"
+exec g++ -L{stub} {maps} $sources "$@"
 """
 TOOLS = {"g++": "g++", "ld": "binutils", "objcopy": "binutils", "strip": "binutils"}
 """Programs that compiling calls, and Debian's packages of them."""
@@ -88,14 +88,14 @@ def environment_for(scratch: Path, environment: Mapping[str, str] = os.environ) 
     compiler = scratch / "c++"
     folders = (scratch, headers, find_cuda_home(environment))
     maps = shlex.join(f"-ffile-prefix-map={folder}=." for folder in folders)
-    compiler.write_text(_COMPILER.format(maps=maps))
+    # Before any other folder of libraries, whose libcuda may have fewer functions or be a driver's.
+    stub = shlex.quote(str(make_driver_stub(scratch).parent))
+    compiler.write_text(_COMPILER.format(maps=maps, stub=stub))
     compiler.chmod(0o755)
-    make_driver_stub(scratch)
     return {
         **environment,
         "CUDA_HOME": str(find_cuda_home(environment)),
         "CXX": str(compiler),
-        "LIBRARY_PATH": os.pathsep.join(filter(None, (str(scratch), environment.get("LIBRARY_PATH")))),
         "SOURCE_DATE_EPOCH": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
         "TRITON_CACHE_DIR": str(scratch / "triton"),
