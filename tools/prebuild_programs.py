@@ -17,9 +17,11 @@ import json
 from pathlib import Path
 
 import torch
+import typer
 
 from gemma4cli.commands.options import parse_count
 from gemma4cli.console import open_console
+from gemma4cli.errors import G4Error
 from gemma4cli.export.cuda.compile import compiled_libraries
 from gemma4cli.export.cuda.layers import KV_FORMATS
 from gemma4cli.export.cuda.model import Signature
@@ -70,16 +72,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="the model's config.json")
     parser.add_argument("--mix", choices=[*BUILT_IN, *MIXES], required=True)
-    parser.add_argument("--ctx", type=parse_count, required=True)
-    parser.add_argument("--chunk", type=parse_count, default=DEFAULT_CHUNK)
+    parser.add_argument("--ctx", type=_count, required=True)
+    parser.add_argument("--chunk", type=_count, default=DEFAULT_CHUNK)
     parser.add_argument("--kv", choices=KV_FORMATS, required=True)
     parser.add_argument("--target", choices=list(TARGETS), required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    config = Gemma4Config.from_json(json.loads(options.config.read_text()))
-    spec = CacheSpec(options.ctx, options.chunk, torch.bfloat16)
-    signature = Signature(config, formats_of(config, options.mix), spec, options.kv)
-    compiled_libraries(signature, get_target(options.target), options.out, open_console().progress())
+    try:
+        config = Gemma4Config.from_json(json.loads(options.config.read_text()))
+        spec = CacheSpec(options.ctx, options.chunk, torch.bfloat16)
+        signature = Signature(config, formats_of(config, options.mix), spec, options.kv)
+        compiled_libraries(signature, get_target(options.target), options.out, open_console().progress())
+    except (G4Error, OSError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+def _count(text: str) -> int:
+    try:
+        return parse_count(text)
+    except typer.BadParameter as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -43,3 +43,26 @@ def test_the_mix_of_a_full_size_file(tool: ModuleType) -> None:
     assert (len(formats), len(better)) == (411, 56)
     downs = sorted(int(name.split(".")[2]) for name in better if "down_proj" in name)
     assert downs == [*range(7), *range(9, 52, 3), *range(52, 60)]
+
+
+@pytest.mark.parametrize(
+    ("config", "ctx", "code", "sentence"),
+    [
+        ("none.json", "1k", 1, "none.json"),
+        ("bad.json", "1k", 1, "model_type is missing"),
+        ("bad.json", "abc", 2, "'abc'"),
+    ],
+)
+def test_mistakes_get_a_sentence(
+    tool: ModuleType, config: str, ctx: str, code: int, sentence: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "bad.json").write_text('{"a": 1}')
+    arguments = [str(tmp_path / config), "--mix", "q4_0", "--ctx", ctx, "--kv", "folded", "--target", "sm_90",
+                 "--out", str(tmp_path / "out")]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["prebuild_programs.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        tool.main()
+    assert stopped.value.code == code
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
