@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma4cli.kernels.quantized_matmul.decode import _byte
+
 
 @triton.jit
 def _alternate(a, b):
@@ -90,12 +92,6 @@ def _codes(
 
 
 @triton.jit
-def _signed_byte(word, INDEX: tl.constexpr):
-    """Signed byte INDEX of 32-bit words, as float32."""
-    return ((word << (24 - 8 * INDEX)) >> 24).to(tl.float32)
-
-
-@triton.jit
 def _half(word):
     """The float16 in the low half of 32-bit words, as float32."""
     return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -108,11 +104,11 @@ def _two_groups(word, FIRST: tl.constexpr, step, step_min, BITS: tl.constexpr, H
     # 2^(23 - p) of ``_codes``: the second group of 4-bit codes is the high nibbles.
     RANGE: tl.constexpr = 64.0 if BITS == 6 else 256.0
     SECOND_RANGE: tl.constexpr = 16.0 if BITS == 4 else RANGE
-    scale = _signed_byte(word, FIRST) * (step * RANGE)
-    second = _signed_byte(word, SECOND) * (step * SECOND_RANGE)
+    scale = _byte(word, FIRST) * (step * RANGE)
+    second = _byte(word, SECOND) * (step * SECOND_RANGE)
     if HAS_MIN:
-        offset = scale + _signed_byte(word, FIRST + 1) * step_min
-        second_offset = second + _signed_byte(word, SECOND + 1) * step_min
+        offset = scale + _byte(word, FIRST + 1) * step_min
+        second_offset = second + _byte(word, SECOND + 1) * step_min
     else:
         ZERO: tl.constexpr = 1 << (BITS - 1)
         offset = scale * (1 + ZERO / RANGE)
