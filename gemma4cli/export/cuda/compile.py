@@ -67,6 +67,7 @@ def compiled_libraries(
     Args: cache: a folder for programs of all signatures; created as needed.
     Raises: G4Error when something needed for compiling is missing, or G4_PROGRAMS names no folder.
     """
+    cache = cache.absolute()  # compilers run in other folders
     identity = program_identity(signature, target)
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     for place in (cache, *_ready_made()):
