@@ -76,7 +76,7 @@ def compile_kernel(
             if value.startswith("*") or value.endswith(":16"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, **register_limit(constants)}
     compiled = triton.compile(source, target=GPUTarget("cuda", target.arch, target.warp_size), options=options)
     registers, local_bytes = resource_usage(compiled.asm["cubin"])
     return KernelCode(
@@ -88,6 +88,12 @@ def compile_kernel(
         registers=registers,
         local_bytes=local_bytes,
     )
+
+
+def register_limit(constants: Mapping[str, Any]) -> dict[str, int]:
+    """Return Triton's option for a kernel whose constants name a limit (REGISTERS): launches have no such argument."""
+    limit = constants.get("REGISTERS")
+    return {"maxnreg": limit} if limit else {}
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:

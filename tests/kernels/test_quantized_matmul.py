@@ -72,13 +72,15 @@ MATRIX_POINTERS = {"codes_ptr": "*i32", "high_ptr": "*i32", "sub_ptr": "*i8", "s
                    "y_ptr": "*bf16", "M": "i32", "N": "i32:16"}  # fmt: skip
 
 
-def compile_matvec(target: Target, bits: int, group_size: int, has_min: bool) -> KernelCode:
-    config = configs.matvec_config(target)
-    arguments = {**POINTERS, "K": 5376, "BLOCK_N": config.block_n, "DP4A": True, "PDL": target.dependent_launch}
+def compile_matvec(
+    target: Target, bits: int, group_size: int, has_min: bool, rows: int = 5376, k: int = 5376
+) -> KernelCode:
+    config = configs.matvec_config(target, rows)
+    arguments = {**POINTERS, "K": k, "BLOCK_N": config.block_n, "DP4A": True, "PDL": target.dependent_launch}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if bits == 8:
         return compile_kernel(decode.matvec_int8, {**arguments, "BLOCK_G": config.block_k}, target, **options)
-    fmt = {"BITS": bits, "GROUP": group_size, "HAS_MIN": has_min}
+    fmt = {"BITS": bits, "GROUP": group_size, "HAS_MIN": has_min, "REGISTERS": config.registers}
     return compile_kernel(decode.matvec, {**arguments, **fmt, "BLOCK_B": config.block_k}, target, **options)
 
 
@@ -108,3 +110,11 @@ def test_every_configuration_fits_its_target(target: Target, bits: int, group_si
 def test_the_longest_rows_of_q4_k_m_fit(target: Target, bits: int, group_size: int, has_min: bool) -> None:
     """Longer rows once took an address more per row of x than there were registers."""
     assert_fits(compile_matmul(target, bits, group_size, has_min, 21504), target)
+    assert_fits(compile_matvec(target, bits, group_size, has_min, k=21504), target)
+
+
+def test_a_limit_of_registers_reaches_the_assembler() -> None:
+    """What is limited has more than the assembler would take of itself, and no more than the limit."""
+    target = TARGETS["sm_90"]
+    assert f".maxnreg {configs.matvec_config(target, 5376).registers}" in compile_matvec(target, 4, 32, True).ptx
+    assert "maxnreg" not in compile_matvec(target, 6, 16, False, rows=262144).ptx

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler as triton_compiler
 
-from gemma4cli.kernels.compile import KernelUsage, resource_usage
+from gemma4cli.kernels.compile import KernelUsage, register_limit, resource_usage
 from gemma4cli.kernels.targets import Target
 
 CUDA_VERSION = "13.0"
@@ -237,6 +237,12 @@ def _never_launch(patch: Callable[[Any, str, Any], None]) -> None:
     def refuse(self: CachingAutotuner, config: Any) -> None:
         raise RuntimeError(f"{config} exceeds the target's shared memory")
 
+    compile_options = CachingAutotuner._create_compile_options
+
+    def limited_options(self: CachingAutotuner, config: Any, compile_meta: dict[str, Any]) -> dict[str, Any]:
+        return compile_options(self, config, compile_meta) | register_limit(compile_meta["constants"])
+
+    patch(CachingAutotuner, "_create_compile_options", limited_options)
     patch(CachingAutotuner, "run", compile_only)
     patch(CachingAutotuner, "autotune_to_one_config", choose)
     # It would quietly retry without pipelining: another kernel than the one asked for.

@@ -89,7 +89,7 @@ def _matvec(
     dtype: torch.dtype,
 ) -> Tensor:
     m, k, n = words.shape[0], words.shape[1] * 4, codes.shape[0]
-    config = matvec_config(current_target())
+    config = matvec_config(current_target(), n)
     y = torch.empty((m, n), dtype=dtype, device=words.device)
     grid = (triton.cdiv(n, config.block_n), m)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -104,7 +104,7 @@ def _matvec(
             codes, codes if high is None else high, sub, step, words, scale, total, y, n,
             K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min,
             BLOCK_N=config.block_n, BLOCK_B=config.block_k, DP4A=True,
-            PDL=current_target().dependent_launch, **options,
+            PDL=current_target().dependent_launch, REGISTERS=config.registers, **options,
         )  # fmt: skip
     return y
 

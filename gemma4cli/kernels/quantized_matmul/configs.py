@@ -7,6 +7,7 @@ the sm_90 choice where ptxas reports no spills and the shared memory fits the ta
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from gemma4cli.kernels.targets import Target
@@ -14,12 +15,16 @@ from gemma4cli.kernels.targets import Target
 
 @dataclass(frozen=True)
 class MatvecConfig:
-    """Rows and 64-wide blocks (32-wide groups for 8-bit weights) that a program holds at a time."""
+    """Rows and 64-wide blocks (32-wide groups for 8-bit weights) that a program holds at a time.
+
+    registers: the most a thread may have, 0 for the assembler's own choice; not of 8-bit weights.
+    """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    registers: int
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,13 @@ class MatmulConfig:
 
 
 MATVEC: dict[str, MatvecConfig] = {
-    "sm_80": MatvecConfig(2, 16, 1, 2),
-    "sm_90": MatvecConfig(2, 16, 1, 2),
-    "sm_86": MatvecConfig(2, 16, 1, 2),
-    "sm_120": MatvecConfig(2, 16, 1, 2),
+    "sm_80": MatvecConfig(2, 16, 1, 2, 0),
+    "sm_90": MatvecConfig(2, 16, 1, 2, 80),
+    "sm_86": MatvecConfig(2, 16, 1, 2, 0),
+    "sm_120": MatvecConfig(2, 16, 1, 2, 0),
 }
+# A vocabulary's matrix, which has programs enough to keep the memory busy, is read fastest with what the assembler takes.
+_MANY_ROWS = 65536
 MATMUL: dict[str, MatmulConfig] = {
     "sm_80": MatmulConfig(128, 128, 2, 8, 3),
     "sm_90": MatmulConfig(128, 256, 2, 8, 3),
@@ -51,8 +58,9 @@ MATMUL_6BIT: dict[str, MatmulConfig] = {"sm_80": MatmulConfig(128, 64, 4, 8, 3)}
 QUANTIZE_ROWS_GROUPS = 8
 
 
-def matvec_config(target: Target) -> MatvecConfig:
-    return MATVEC[target.name]
+def matvec_config(target: Target, rows: int) -> MatvecConfig:
+    config = MATVEC[target.name]
+    return dataclasses.replace(config, registers=0) if rows > _MANY_ROWS else config
 
 
 def matmul_config(target: Target, bits: int) -> MatmulConfig:

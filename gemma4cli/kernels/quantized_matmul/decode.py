@@ -11,7 +11,7 @@ import triton.language as tl
 
 from gemma4cli.kernels.dependent_launch import start_successor, wait_for_predecessor
 
-UNROLLED_STEPS = tl.constexpr(8)
+UNROLLED_STEPS = tl.constexpr(6)
 
 
 @triton.jit
@@ -167,11 +167,13 @@ def matvec(
     BLOCK_B: tl.constexpr,
     DP4A: tl.constexpr,
     PDL: tl.constexpr = False,
+    REGISTERS: tl.constexpr = 0,
 ):
     """y [M, N] = x [M, K] times a 4- or 6-bit weight [N, K] transposed; x as xq, scale, total of ``quantize_rows``.
 
     xq is read as int32 [M, K / 4], sub as int8, step as float16; see format.py for the layout. Rows of x are one axis
-    of the grid: with more than one, the weight comes from the L2 after the first.
+    of the grid: with more than one, the weight comes from the L2 after the first. REGISTERS is for who compiles it
+    (kernels.compile): the most a thread may have, 0 for the assembler's choice.
     """
     m = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -198,18 +200,30 @@ def matvec(
     acc = _block_sums(
         w, h, sub, both, xq_ptr, scale_ptr, total_ptr, m, 0, K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A
     )
-    if blocks <= UNROLLED_STEPS * BLOCK_B:  # short rows: all loads of a row can be in flight
-        for b0 in tl.static_range(BLOCK_B, blocks, BLOCK_B):
+    steps: tl.constexpr = (blocks + BLOCK_B - 1) // BLOCK_B
+    # Of short rows all loads can be in flight; of long ones those of two steps, without which narrow matrices, whose
+    # few programs all fit at once, ask for too little at a time.
+    pairs: tl.constexpr = (steps - 1) // 2 if steps > UNROLLED_STEPS else 0
+    if pairs > 0:
+        for b0 in range(BLOCK_B, BLOCK_B * (1 + 2 * pairs), 2 * BLOCK_B):
+            b1 = b0 + BLOCK_B
             w, h, sub, both = _load_blocks(codes_ptr, high_ptr, sub_ptr, step_ptr, row, row_in, b0, K, BITS, BLOCK_B)
+            next_w, next_h, next_sub, next_both = _load_blocks(
+                codes_ptr, high_ptr, sub_ptr, step_ptr, row, row_in, b1, K, BITS, BLOCK_B
+            )
             acc += _block_sums(
                 w, h, sub, both, xq_ptr, scale_ptr, total_ptr, m, b0, K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A
             )
-    else:
-        for b0 in range(BLOCK_B, blocks, BLOCK_B):
-            w, h, sub, both = _load_blocks(codes_ptr, high_ptr, sub_ptr, step_ptr, row, row_in, b0, K, BITS, BLOCK_B)
             acc += _block_sums(
-                w, h, sub, both, xq_ptr, scale_ptr, total_ptr, m, b0, K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A
-            )
+                next_w, next_h, next_sub, next_both, xq_ptr, scale_ptr, total_ptr, m, b1,
+                K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A,
+            )  # fmt: skip
+    for step in tl.static_range(1 + 2 * pairs, steps):
+        b = step * BLOCK_B
+        w, h, sub, both = _load_blocks(codes_ptr, high_ptr, sub_ptr, step_ptr, row, row_in, b, K, BITS, BLOCK_B)
+        acc += _block_sums(
+            w, h, sub, both, xq_ptr, scale_ptr, total_ptr, m, b, K, BITS, GROUP, HAS_MIN, BLOCK_N, BLOCK_B, DP4A
+        )
     tl.store(y_ptr + m.to(tl.int64) * N + rows, tl.sum(acc, axis=1).to(y_ptr.dtype.element_ty), mask=row_in)
 
 

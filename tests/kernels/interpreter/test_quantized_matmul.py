@@ -28,7 +28,7 @@ def test_quantize_rows_equals_the_reference(m: int, k: int) -> None:
 
 
 @pytest.mark.parametrize(("bits", "group_size", "has_min"), FORMATS)
-@pytest.mark.parametrize(("n", "k", "m"), [(1, 128, 1), (35, 384, 1), (6, 1152, 3)])
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 128, 1), (35, 384, 1), (6, 1152, 3), (5, 2048, 1), (3, 2432, 1)])
 def test_matvec_equals_the_reference(bits: int, group_size: int, has_min: bool, n: int, k: int, m: int) -> None:
     weight, _, _ = random_weight(bits, group_size, has_min, n, k)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(n))
