@@ -17,20 +17,31 @@ from gemma4cli.kernels.head_rope import kernel as rope_kernel
 from gemma4cli.kernels.quantized_matmul import quantize
 from gemma4cli.kernels.residual_norm import kernel as norm_kernel
 from gemma4cli.kernels.residual_norm.configs import residual_norm_config
+from gemma4cli.kernels.ring_attention import kernel as ring_kernel
 from gemma4cli.kernels.targets import TARGETS, Target, compiling_for, get_target
 
 ROWS = {"xq_ptr": "*i32", "scale_ptr": "*fp32", "total_ptr": "*fp32"}
 NORM = {"residual_ptr": "*bf16", "branch_ptr": "*bf16", "branch_weight_ptr": "*bf16", "factor_ptr": "*bf16",
         "weight_ptr": "*bf16", "hidden_ptr": "*bf16", **ROWS, "eps": "fp32"}  # fmt: skip
-ROPE = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "q_weight_ptr": "*bf16", "k_weight_ptr": "*bf16",
-        "cos_ptr": "*fp32", "sin_ptr": "*fp32", "position_ptr": "*i64", "k_cache_ptr": "*bf16", "v_cache_ptr": "*bf16",
-        "q_out_ptr": "*bf16", "r_out_ptr": "*bf16", "eps": "fp32", "S": "i32"}  # fmt: skip
+HEADS = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "q_weight_ptr": "*bf16", "k_weight_ptr": "*bf16",
+         "cos_ptr": "*fp32", "sin_ptr": "*fp32", "position_ptr": "*i64", "k_cache_ptr": "*bf16", "v_cache_ptr": "*bf16",
+         "eps": "fp32", "S": "i32"}  # fmt: skip
+ROPE = {**HEADS, "q_out_ptr": "*bf16", "r_out_ptr": "*bf16"}
+SHARES = {"partial_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
+OUTPUT = {"xq_ptr": "*i32", "scale_ptr": "*fp32", "sums_ptr": "*fp32"}
 
 
 def kernels(target: Target) -> list[KernelCode]:
     """All of them in the 31B's shapes."""
-    norm, gelu = residual_norm_config(target), gated_gelu_config(target)
+    norm, gelu, ring = residual_norm_config(target), gated_gelu_config(target), decode_config(target, 256, "plain")
     made = [
+        compile_kernel(
+            ring_kernel.ring_attention,
+            {**HEADS, **SHARES, **OUTPUT, "arrived_ptr": "*i32", "WINDOW": 1024, "GROUP": 2, "D": 256, "HALF": 128,
+             "SPLITS": ring.splits, "BLOCK_S": ring.block_s, "ROWS": 16, "dtype": tl.bfloat16, "DOT": tl.bfloat16,
+             "PDL": target.dependent_launch},
+            target, num_warps=ring.num_warps, num_stages=ring.num_stages,
+        ),
         compile_kernel(
             norm_kernel.residual_norm,
             {**NORM, "K": 5376, "BLOCK_K": 8192, "BLOCK_G": norm.groups, "HAS_BRANCH": True, "HAS_FACTOR": True,
@@ -42,7 +53,7 @@ def kernels(target: Target) -> list[KernelCode]:
                                      "PDL": target.dependent_launch}, target, num_warps=gelu.num_warps, num_stages=3,
         ),
     ]  # fmt: skip
-    for head_dim, rotated in ((256, 256), (512, 512), (512, 128)):
+    for head_dim, rotated in ((512, 512), (512, 128)):
         shape = {
             "HEADS": 32,
             "D": head_dim,
@@ -55,8 +66,7 @@ def kernels(target: Target) -> list[KernelCode]:
         splits = decode_config(target, head_dim, "plain").splits
         made.append(compile_kernel(
             decode.combine_int8,
-            {"partial_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32", "xq_ptr": "*i32", "scale_ptr": "*fp32",
-             "sums_ptr": "*fp32", "D": head_dim, "SPLITS": splits, "BLOCK_D": COMBINE_BLOCK_D, "dtype": tl.bfloat16,
+            {**SHARES, **OUTPUT, "D": head_dim, "SPLITS": splits, "BLOCK_D": COMBINE_BLOCK_D, "dtype": tl.bfloat16,
              "PDL": target.dependent_launch},
             target, num_warps=4, num_stages=3,
         ))  # fmt: skip

@@ -19,6 +19,7 @@ from gemma4cli.kernels.gated_gelu import gated_gelu
 from gemma4cli.kernels.head_rope import head_rope
 from gemma4cli.kernels.quantized_matmul import Int8Rows, quantized_matmul, quantized_matvec
 from gemma4cli.kernels.quantized_matmul.format import STEP_WIDTH, PackedWeight, WeightFormat, dequantize
+from gemma4cli.kernels.ring_attention import ring_attention
 from gemma4cli.model.config import Gemma4Config, LayerConfig
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.model.layers import RMSNorm, normalize
@@ -114,7 +115,8 @@ class FusedLinear(nn.Module):
 class CudaCache(nn.Module):
     """One layer's keys and values in one of KV_FORMATS; sliding layers and layers without K = V are always bf16.
 
-    Buffers: `k`, `v` as ``AttentionCache`` describes, with their scales when TQ4.
+    Buffers: `k`, `v` as ``AttentionCache`` describes, with their scales when TQ4; `arrived` in a sliding layer, which
+    ``ring_attention`` counts in.
     """
 
     def __init__(self, layer: LayerConfig, spec: CacheSpec, kv_format: str) -> None:
@@ -131,6 +133,7 @@ class CudaCache(nn.Module):
             self.register_buffer(name, torch.zeros((heads, self.slots, *shape), dtype=dtype))
             scale = torch.zeros((heads, self.slots), dtype=torch.float16) if self.is_tq4 else None
             self.register_buffer(f"{name}_scale", scale)
+        self.register_buffer("arrived", torch.zeros(heads, dtype=torch.int32) if layer.window else None)
 
     def update(self, slot: Tensor, k: Tensor, v: Tensor, quantizer: TurboQuant | None) -> None:
         """Write k [H_kv, T, width], v [H_kv, T, D] to `slot` [T]; `quantizer` for TQ4."""
@@ -200,10 +203,10 @@ class CudaAttention(nn.Module):
         projected, cache = self.qkv_proj.matvec(rows), self.kv_cache
         if cache.is_tq4:
             return self.o_proj.matmul(self._mix(projected, input_pos, cos, sin))
-        q, r = head_rope(
-            projected[0], projected[1], projected[-1], self.q_norm.weight, self.k_norm.weight, cos, sin, input_pos,
-            cache.k, cache.v, self.eps,
-        )  # fmt: skip
+        token = (projected[0], projected[1], projected[-1], self.q_norm.weight, self.k_norm.weight, cos, sin, input_pos)
+        if cache.arrived is not None:
+            return self.o_proj.matvec(ring_attention(*token, cache.k, cache.v, cache.arrived, self.eps, self.window))
+        q, r = head_rope(*token, cache.k, cache.v, self.eps)
         mixed = attention_kernels.decode_attention_int8(
             q, r if cache.folded else None, cache.k, cache.v, None, None, input_pos, self.window, cache.folded
         )

@@ -20,8 +20,8 @@ from gemma4cli.kernels.attention.configs import COMBINE_BLOCK_D, decode_config, 
 from gemma4cli.kernels.quantized_matmul import empty_int8_rows, quantize
 from gemma4cli.kernels.targets import current_target
 
-_TRITON = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_SMALLEST_DOT = 16  # columns of the smallest tensor-core operand
+TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+SMALLEST_DOT = 16  # columns of the smallest tensor-core operand
 
 
 def attend(q: Tensor, r: Tensor | None, cache: AttentionCache, position: Tensor, window: int) -> Tensor:
@@ -38,8 +38,8 @@ def _widths(q: Tensor, r: Tensor | None) -> dict[str, int]:
     return {
         "D": head_dim,
         "R": rotated,
-        "HALF": max(_SMALLEST_DOT, triton.next_power_of_2(head_dim // 2)),
-        "R_HALF": max(_SMALLEST_DOT, triton.next_power_of_2(rotated // 2)),
+        "HALF": max(SMALLEST_DOT, triton.next_power_of_2(head_dim // 2)),
+        "R_HALF": max(SMALLEST_DOT, triton.next_power_of_2(rotated // 2)),
     }
 
 
@@ -95,7 +95,7 @@ def decode_attention_int8(
     partial, top, total = _split(q, r, k, v, k_scale, v_scale, position, window, folded)
     rows = empty_int8_rows(1, heads * head_dim, q.device)
     wrap_triton(decode.combine_int8)[(heads, triton.cdiv(head_dim, COMBINE_BLOCK_D))](
-        partial, top, total, *rows, D=head_dim, SPLITS=top.shape[1], BLOCK_D=COMBINE_BLOCK_D, dtype=_TRITON[q.dtype],
+        partial, top, total, *rows, D=head_dim, SPLITS=top.shape[1], BLOCK_D=COMBINE_BLOCK_D, dtype=TRITON_DTYPE[q.dtype],
         PDL=current_target().dependent_launch, num_warps=4,
     )  # fmt: skip
     return rows.words, rows.scale, rows.total
@@ -123,7 +123,7 @@ def _split(
         q, q if r is None else r, k, k if k_scale is None else k_scale, v, v if v_scale is None else v_scale,
         position, partial, top, total, slots,
         WINDOW=window, GROUP=group, **_widths(q, r), SPLITS=config.splits, BLOCK_S=config.block_s,
-        ROWS=max(_SMALLEST_DOT, triton.next_power_of_2(group)), FOLDED=folded, **_number(k_scale is not None),
+        ROWS=max(SMALLEST_DOT, triton.next_power_of_2(group)), FOLDED=folded, **_number(k_scale is not None),
         PDL=current_target().dependent_launch, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return partial, top, total

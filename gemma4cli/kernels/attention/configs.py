@@ -1,7 +1,7 @@
 """Launch configurations of the attention kernels, per target, head size and kind of cache.
 
-sm_90 is recorded on an H200 (bench/results/attention-h200.json and attention-prefill-h200.json), fastest of those that
-do not spill registers; but prefill over TQ4 spills some 100 bytes a thread, since tiles without spills take 1.2 to 1.9
+sm_90 is recorded on an H200 (bench/results/attention-h200.json and attention-prefill-h200.json; ring_attention:
+bench/notes.md), fastest of those that do not spill registers; but prefill over TQ4 spills some 100 bytes a thread, since tiles without spills take 1.2 to 1.9
 times as long. Everything else is not measured: chosen to fit the target's shared memory without
 spills (tests/kernels/test_attention.py compiles every entry and holds it to that).
 """
@@ -15,7 +15,7 @@ from gemma4cli.kernels.targets import Target
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Shares of the context, positions a step, and launch parameters of ``decode.split``."""
+    """Shares of the context, positions a step, and launch parameters of ``decode.split`` or ``ring_attention``."""
 
     splits: int
     block_s: int
@@ -68,7 +68,7 @@ _DECODE: dict[str, dict[str, DecodeConfig]] = {
 }
 _DECODE_RING = {
     "sm_80": DecodeConfig(16, 32, 4, 2),
-    "sm_90": DecodeConfig(16, 64, 4, 1),
+    "sm_90": DecodeConfig(16, 32, 4, 1),
     "sm_86": DecodeConfig(16, 32, 4, 2),
     "sm_120": DecodeConfig(16, 32, 4, 2),
 }

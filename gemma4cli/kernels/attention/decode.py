@@ -57,7 +57,7 @@ _LEVELS = tl.constexpr(
 
 
 @triton.jit
-def _slots(position0, S, WINDOW: tl.constexpr, BLOCK_S: tl.constexpr):
+def block_slots(position0, S, WINDOW: tl.constexpr, BLOCK_S: tl.constexpr):
     """Slots of BLOCK_S positions from `position0` on. In a ring, one division of scalars instead of one per slot."""
     if WINDOW == 0:
         return position0 + tl.arange(0, BLOCK_S)
@@ -86,7 +86,7 @@ def _levels(packed, ASM: tl.constexpr):
 
 
 @triton.jit
-def _halves(
+def load_halves(
     ptr, head, slot, inside, S,
     D: tl.constexpr, WIDTH: tl.constexpr, TQ4: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -110,13 +110,13 @@ def _halves(
 
 
 @triton.jit
-def _scale(ptr, head, slot, inside, S):
+def load_scale(ptr, head, slot, inside, S):
     """Load the scales of the vectors in the given slots: [BLOCK_S] float32."""
     return tl.load(ptr + head.to(tl.int64) * S + slot, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _products(a0, a1, b0, b1):
+def products(a0, a1, b0, b1):
     """a b^T from the halves of both: [ROWS, BLOCK_S] float32."""
     first = tl.dot(a0, tl.trans(b0), input_precision="ieee")
     return tl.dot(a1, tl.trans(b1), first, input_precision="ieee")
@@ -189,17 +189,17 @@ def split(
     for position0 in range(start, end, BLOCK_S):
         position = position0 + tl.arange(0, BLOCK_S)
         inside = position < end
-        slot = _slots(position0, S, WINDOW, BLOCK_S)
-        v0, v1 = _halves(v_ptr, head, slot, inside, S, D, HALF, TQ4, DOT, ASM)
-        k0, k1 = _halves(k_ptr, head, slot, inside, S, R, R_HALF, TQ4, DOT, ASM)
+        slot = block_slots(position0, S, WINDOW, BLOCK_S)
+        v0, v1 = load_halves(v_ptr, head, slot, inside, S, D, HALF, TQ4, DOT, ASM)
+        k0, k1 = load_halves(k_ptr, head, slot, inside, S, R, R_HALF, TQ4, DOT, ASM)
         if TQ4:
-            k_scale = _scale(k_scale_ptr, head, slot, inside, S)[None, :]
-            v_scale = _scale(v_scale_ptr, head, slot, inside, S)[None, :]
+            k_scale = load_scale(k_scale_ptr, head, slot, inside, S)[None, :]
+            v_scale = load_scale(v_scale_ptr, head, slot, inside, S)[None, :]
         if FOLDED:
-            scores, turned = _products(q0, q1, v0, v1), _products(r0, r1, k0, k1)
+            scores, turned = products(q0, q1, v0, v1), products(r0, r1, k0, k1)
             scores = scores * v_scale + turned * k_scale if TQ4 else scores + turned
         else:
-            scores = _products(q0, q1, k0, k1)
+            scores = products(q0, q1, k0, k1)
             scores = scores * k_scale if TQ4 else scores
         scores = tl.where(inside[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
@@ -222,7 +222,7 @@ def split(
 
 
 @triton.jit
-def _mixed(partial_ptr, top_ptr, total_ptr, head, column, D: tl.constexpr, SPLITS: tl.constexpr):
+def merge_shares(partial_ptr, top_ptr, total_ptr, head, column, D: tl.constexpr, SPLITS: tl.constexpr):
     """Merge the shares of a head: sum partial e^(top - max) / sum total e^(top - max), float32 at `column`."""
     share = tl.arange(0, SPLITS)
     top = tl.load(top_ptr + head * SPLITS + share)
@@ -244,7 +244,7 @@ def combine(
     start_successor(PDL)
     head = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mixed = _mixed(partial_ptr, top_ptr, total_ptr, head, column, D, SPLITS)
+    mixed = merge_shares(partial_ptr, top_ptr, total_ptr, head, column, D, SPLITS)
     tl.store(out_ptr + head * D + column, mixed.to(out_ptr.dtype.element_ty), mask=column < D)
 
 
@@ -259,7 +259,7 @@ def combine_int8(
     start_successor(PDL)
     head = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mixed = _mixed(partial_ptr, top_ptr, total_ptr, head, column, D, SPLITS)
+    mixed = merge_shares(partial_ptr, top_ptr, total_ptr, head, column, D, SPLITS)
     x = tl.reshape(tl.where(column < D, mixed, 0.0).to(dtype).to(tl.float32), [BLOCK_D // 32, 32])
     local = tl.program_id(1) * (BLOCK_D // 32) + tl.arange(0, BLOCK_D // 32)
     write_int8(x, 0, head * (D // 32) + local, local < D // 32, xq_ptr, scale_ptr, sums_ptr, 32)

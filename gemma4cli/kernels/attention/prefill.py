@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemma4cli.kernels.attention.decode import _halves, _scale
+from gemma4cli.kernels.attention.decode import load_halves, load_scale
 
 _LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in base 2: the exponential is then one instruction
 
@@ -148,10 +148,10 @@ def attend(
     for position0 in range(first, last + 1, BLOCK_S):
         slot = _slots_to(last, position0, S, WINDOW, BLOCK_S)
         if TQ4:
-            k0, k1 = _halves(k_ptr, kv_head, slot, all_in, S, R, R_WIDTH, TQ4, DOT, ASM)
-            v0, v1 = _halves(v_ptr, kv_head, slot, all_in, S, D, WIDTH, TQ4, DOT, ASM)
-            k_unit = _scale(k_scale_ptr, kv_head, slot, all_in, S)[None, :] * _LOG2_E
-            v_unit = _scale(v_scale_ptr, kv_head, slot, all_in, S)[None, :] * _LOG2_E
+            k0, k1 = load_halves(k_ptr, kv_head, slot, all_in, S, R, R_WIDTH, TQ4, DOT, ASM)
+            v0, v1 = load_halves(v_ptr, kv_head, slot, all_in, S, D, WIDTH, TQ4, DOT, ASM)
+            k_unit = load_scale(k_scale_ptr, kv_head, slot, all_in, S)[None, :] * _LOG2_E
+            v_unit = load_scale(v_scale_ptr, kv_head, slot, all_in, S)[None, :] * _LOG2_E
         else:
             v0 = _load(v_ptr, slot, D, WIDTH).to(DOT)
             if AHEAD:

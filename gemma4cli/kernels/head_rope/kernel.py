@@ -9,30 +9,30 @@ from gemma4cli.kernels.dependent_launch import start_successor, wait_for_predece
 
 
 @triton.jit
-def _halves(ptr, head, D: tl.constexpr, HALF: tl.constexpr):
-    """Load a head's vector as two halves, float32 [HALF] each, and its mean square."""
-    column = tl.arange(0, HALF)
-    inside = column < D // 2
-    first = tl.load(ptr + head * D + column, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(ptr + head * D + D // 2 + column, mask=inside, other=0.0).to(tl.float32)
-    return first, second, tl.sum(first * first + second * second, axis=0) / D
+def head_halves(ptr, heads, heads_in, D: tl.constexpr, HALF: tl.constexpr):
+    """Load the vectors of `heads` [N] as two halves, float32 [N, HALF] each, and their mean squares [N]."""
+    column = tl.arange(0, HALF)[None, :]
+    inside = heads_in[:, None] & (column < D // 2)
+    place = ptr + heads[:, None] * D + column
+    first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(place + D // 2, mask=inside, other=0.0).to(tl.float32)
+    return first, second, tl.sum(first * first + second * second, axis=1) / D
 
 
 @triton.jit
-def _rotated(
-    ptr, head, weight_ptr, cos_ptr, sin_ptr, eps, D: tl.constexpr, HALF: tl.constexpr, dtype: tl.constexpr
-):  # fmt: skip
-    """Normalize, weigh and rotate a head's vector; both halves rounded to `dtype` where the model's modules round."""
-    column = tl.arange(0, HALF)
-    inside = column < D // 2
-    w0 = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    w1 = tl.load(weight_ptr + D // 2 + column, mask=inside, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + column, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + column, mask=inside, other=0.0)
-    first, second, mean = _halves(ptr, head, D, HALF)
-    rms = tl.rsqrt(mean + eps)
-    first = (first * rms * w0).to(dtype).to(tl.float32)
-    second = (second * rms * w1).to(dtype).to(tl.float32)
+def weight_halves(ptr, D: tl.constexpr, HALF: tl.constexpr):
+    """Load a head norm's weight as two halves, float32 [1, HALF] each."""
+    column = tl.arange(0, HALF)[None, :]
+    first = tl.load(ptr + column, mask=column < D // 2, other=0.0).to(tl.float32)
+    return first, tl.load(ptr + D // 2 + column, mask=column < D // 2, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rotated_halves(first, second, square, weight0, weight1, cos, sin, eps, dtype: tl.constexpr):
+    """Normalize, weigh and rotate what ``head_halves`` loaded, rounded to `dtype` where the model rounds."""
+    rms = tl.rsqrt(square + eps)[:, None]
+    first = (first * rms * weight0).to(dtype).to(tl.float32)
+    second = (second * rms * weight1).to(dtype).to(tl.float32)
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
@@ -63,37 +63,42 @@ def head_rope(
 
     q [H * D], k, v [H_kv * D], cos, sin [D / 2] float32, caches [H_kv, S, width]; writes q_out [H, D], r_out [H, R].
     """
-    head = tl.program_id(0)
+    head = tl.program_id(0) + tl.arange(0, 1)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    column = tl.arange(0, HALF)
+    column = tl.arange(0, HALF)[None, :]
     inside = column < D // 2
     turned = column < R // 2
+    weight0, weight1 = weight_halves(q_weight_ptr if tl.program_id(0) < HEADS else k_weight_ptr, D, HALF)
     wait_for_predecessor(PDL)
     start_successor(PDL)
-    if head < HEADS:
-        first, second = _rotated(q_ptr, head, q_weight_ptr, cos_ptr, sin_ptr, eps, D, HALF, dtype)
+    cos = tl.load(cos_ptr + column, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + column, mask=inside, other=0.0)
+    if tl.program_id(0) < HEADS:
+        first, second, square = head_halves(q_ptr, head, head >= 0, D, HALF)
+        first, second = rotated_halves(first, second, square, weight0, weight1, cos, sin, eps, dtype)
         if FOLDED:
-            tl.store(r_out_ptr + head * R + column, first, mask=turned)
-            tl.store(r_out_ptr + head * R + R // 2 + column, second, mask=turned)
+            r_out = r_out_ptr + head[:, None] * R + column
+            tl.store(r_out, first, mask=turned)
+            tl.store(r_out + R // 2, second, mask=turned)
             # What meets V is the key norm's weight times q, and nothing where RoPE turns.
             w0 = tl.load(k_weight_ptr + column, mask=inside & (column >= R // 2), other=0.0).to(tl.float32)
             w1 = tl.load(k_weight_ptr + D // 2 + column, mask=inside & (column >= R // 2), other=0.0).to(tl.float32)
             first = (first.to(tl.float32) * w0).to(dtype)
             second = (second.to(tl.float32) * w1).to(dtype)
-        tl.store(q_out_ptr + head * D + column, first, mask=inside)
-        tl.store(q_out_ptr + head * D + D // 2 + column, second, mask=inside)
+        q_out = q_out_ptr + head[:, None] * D + column
+        tl.store(q_out, first, mask=inside)
+        tl.store(q_out + D // 2, second, mask=inside)
     else:
         kv_head = head - HEADS
-        slot = kv_head.to(tl.int64) * S + tl.load(position_ptr) % S
-        value0, value1, mean = _halves(v_ptr, kv_head, D, HALF)
-        first, second = _rotated(k_ptr, kv_head, k_weight_ptr, cos_ptr, sin_ptr, eps, D, HALF, dtype)
+        first, second, square = head_halves(k_ptr, kv_head, kv_head >= 0, D, HALF)
+        value0, value1, value_square = head_halves(v_ptr, kv_head, kv_head >= 0, D, HALF)
+        first, second = rotated_halves(first, second, square, weight0, weight1, cos, sin, eps, dtype)
         cache = k_cache_ptr.dtype.element_ty
-        if FOLDED:
-            tl.store(k_cache_ptr + slot * R + column, first.to(cache), mask=turned)
-            tl.store(k_cache_ptr + slot * R + R // 2 + column, second.to(cache), mask=turned)
-        else:
-            tl.store(k_cache_ptr + slot * D + column, first.to(cache), mask=inside)
-            tl.store(k_cache_ptr + slot * D + D // 2 + column, second.to(cache), mask=inside)
-        rms = tl.rsqrt(mean + eps)
-        tl.store(v_cache_ptr + slot * D + column, (value0 * rms).to(dtype).to(cache), mask=inside)
-        tl.store(v_cache_ptr + slot * D + D // 2 + column, (value1 * rms).to(dtype).to(cache), mask=inside)
+        slot = (kv_head.to(tl.int64) * S + tl.load(position_ptr) % S)[:, None]
+        k_place, k_in = k_cache_ptr + slot * R + column, turned if FOLDED else inside
+        tl.store(k_place, first.to(cache), mask=k_in)
+        tl.store(k_place + R // 2, second.to(cache), mask=k_in)
+        rms = tl.rsqrt(value_square + eps)[:, None]
+        v_place = v_cache_ptr + slot * D + column
+        tl.store(v_place, (value0 * rms).to(dtype).to(cache), mask=inside)
+        tl.store(v_place + D // 2, (value1 * rms).to(dtype).to(cache), mask=inside)
