@@ -1,11 +1,13 @@
 """Measure a CUDA bundle on the GPU at hand, its compiled code hosted by PyTorch: memory, prefill and decode by depth.
 
-    python bench/cuda_bundle.py BUNDLE --depth 0,8192,32768 --gen 64 --out bench/results/NAME.json
+    python bench/cuda_bundle.py BUNDLE --depth 0,8192,32768 --gen 64 --out bench/results/NAME.json \\
+        [--save-logits FILE | --compare-logits FILE]
 
 The context is filled with random tokens, chunk by chunk, once; at each depth one more chunk is read (three times, the
 median), and decoding is timed as replays of the CUDA graph of the exported `decode`, by events on the device and by the
-clock, one token after the other. Memory is what the
-driver counts for the process, beside what the bundle's manifest predicts.
+clock, one token after the other. Memory is what the driver counts for the process, beside what the bundle's manifest
+predicts. What a KV format costs in accuracy: one bundle's logits at each depth against those that another bundle of the
+same weights has saved.
 """
 
 from __future__ import annotations
@@ -69,6 +71,8 @@ def main() -> None:
     parser.add_argument("--depth", default="0,512,8192,32768")
     parser.add_argument("--gen", type=int, default=64)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--save-logits", type=Path)
+    parser.add_argument("--compare-logits", type=Path)
     options = parser.parse_args()
     before = used_bytes()
     started = time.perf_counter()
@@ -91,11 +95,17 @@ def main() -> None:
     tokens = torch.randint(3, contract.vocab_size, (contract.context_length,), generator=generator).tolist()
     prefill(engine, tokens, 0, contract.prefill_chunk, 2)  # the first call loads kernels
     report["ttft_512_ms"] = 512e3 / prefill(engine, tokens, 0, 512, 5)
+    logits = {}
+    others = torch.load(options.compare_logits) if options.compare_logits else {}
     for depth in (int(text) for text in options.depth.split(",")):
         for done in range(len(engine._sessions["bench"].tokens), depth, contract.prefill_chunk):
             engine.step("bench", tokens[done : min(done + contract.prefill_chunk, depth)], GREEDY)
+        logits[depth] = engine.step("bench", tokens[depth : depth + 1], GREEDY)[1][0].float().cpu()
+        del engine._sessions["bench"].tokens[depth:]
         count = min(contract.prefill_chunk, contract.context_length - depth)
         entry: dict[str, Any] = {"prefill_tokens": count, "prefill_tok_s": prefill(engine, tokens, depth, count, 3)}
+        if depth in others:
+            entry["cosine"] = torch.nn.functional.cosine_similarity(logits[depth], others[depth], dim=0).item()
         entry["greedy"] = decode(engine, options.gen, GREEDY)
         entry["gemma_defaults"] = decode(engine, options.gen, GEMMA)
         del engine._sessions["bench"].tokens[depth:]  # rings hold a chunk more than the window: going back is allowed
@@ -114,6 +124,8 @@ def main() -> None:
         ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=False
     ).stdout.strip()
     print(json.dumps({key: value for key, value in report.items() if key != "depths"}, indent=1))
+    if options.save_logits:
+        torch.save(logits, options.save_logits)
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 

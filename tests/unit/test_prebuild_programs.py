@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from gemma4cli.export.cuda import compile
 from gemma4cli.export.cuda.model import Signature
+from gemma4cli.kernels.targets import Target
 from gemma4cli.model.config import Gemma4Config
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.quant.checkpoint import open_checkpoint
@@ -43,6 +46,24 @@ def test_the_mix_of_a_full_size_file(tool: ModuleType) -> None:
     assert (len(formats), len(better)) == (411, 56)
     downs = sorted(int(name.split(".")[2]) for name in better if "down_proj" in name)
     assert downs == [*range(7), *range(9, 52, 3), *range(52, 60)]
+
+
+def test_a_relative_folder_of_programs(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers run in folders of their own, where it would be another one."""
+    places = []
+
+    def compile_apart(signature: Signature, method: str, target: Target, cache: Path) -> compile.Library:
+        places.append(cache)
+        return compile.Library(b"code", (), {})
+
+    monkeypatch.setattr(compile, "_compile_apart", compile_apart)
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(json.dumps(config_dict()))
+    arguments = ["config.json", "--mix", "q4_0", "--ctx", "1k", "--kv", "folded", "--target", "sm_90", "--out", "made"]
+    monkeypatch.setattr("sys.argv", ["prebuild_programs.py", *arguments])
+    tool.main()
+    assert places == [tmp_path / "made"] * 2
+    assert len(list(Path("made").glob("sm_90-*/decode.so"))) == 1
 
 
 @pytest.mark.parametrize(
