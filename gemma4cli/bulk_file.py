@@ -31,6 +31,27 @@ DIRECT_BYTES = 256 << 20
 _BUFFER_BYTES = 4 << 20
 
 
+class ThreadMemory(threading.local):
+    """Memory that each thread uses again and again: touching fresh memory takes longer than most of what is done in it.
+
+    What it gives is the calling thread's until that asks for more.
+    """
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _BUFFER_BYTES)
+
+    def take(self, offset: int, count: int) -> memoryview:
+        """Return memory for bytes that will be written at `offset` of a file: from there they need not be copied."""
+        start = offset % PAGE
+        needed = start + count
+        if len(self._memory) < needed:
+            self._memory = mmap.mmap(-1, -(-needed // _BUFFER_BYTES) * _BUFFER_BYTES)
+        return memoryview(self._memory)[start:needed]
+
+
+_UNALIGNED = ThreadMemory()
+
+
 class BulkFile:
     """A file that is being made; as a context manager it is closed at the end.
 
@@ -121,7 +142,7 @@ class BulkFile:
             return
         for start in range(0, body, _BUFFER_BYTES):
             piece = pages[start : start + _BUFFER_BYTES]
-            buffer = memory_for(0, len(piece))
+            buffer = _UNALIGNED.take(0, len(piece))
             np.copyto(np.frombuffer(buffer, np.uint8), piece)
             _write_all(self._handle, buffer, place + start, PAGE)
 
@@ -164,22 +185,6 @@ def _times(first: int, second: int) -> int:
     return product
 
 
-_LOCAL = threading.local()
-
-
-def memory_for(offset: int, count: int) -> memoryview:
-    """Return memory for bytes that will be written at `offset` of a file; from there they need not be copied again.
-
-    It is the calling thread's until it asks for more. It is used again and again, because touching fresh memory takes
-    longer than most of what is done in it.
-    """
-    start = offset % PAGE
-    needed = start + count
-    if not hasattr(_LOCAL, "memory") or len(_LOCAL.memory) < needed:
-        _LOCAL.memory = mmap.mmap(-1, -(-needed // _BUFFER_BYTES) * _BUFFER_BYTES)
-    return memoryview(_LOCAL.memory)[start:needed]
-
-
 def _address(data: memoryview) -> int:
     return np.frombuffer(data, np.uint8).ctypes.data
 
@@ -207,7 +212,7 @@ def _writes_directly(handle: int) -> bool:
     try:
         if flag:
             fcntl.fcntl(handle, fcntl.F_SETFL, flags | flag)
-            page = memory_for(0, PAGE)
+            page = _UNALIGNED.take(0, PAGE)
             page[:] = bytes(PAGE)
             os.pwrite(handle, page, 0)
     except OSError as error:

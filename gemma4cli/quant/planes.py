@@ -14,7 +14,7 @@ _RUN16, _RUN32 = np.dtype((np.void, 16)), np.dtype((np.void, 32))
 _LOW, _FOUR = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
 
 
-def swap_nibbles(first: np.ndarray, second: np.ndarray) -> None:
+def _swap_nibbles(first: np.ndarray, second: np.ndarray) -> None:
     """Exchange the high nibbles of `first` with the low nibbles of `second`; both uint64, changed in place."""
     exchanged = first >> _FOUR
     exchanged ^= second
@@ -27,7 +27,7 @@ def swap_nibbles(first: np.ndarray, second: np.ndarray) -> None:
 def words_of_nibbles(qdata: Tensor) -> Tensor:
     """Regroup 4-bit codes, two neighbours per byte: uint8 [N, K / 2] -> int32 [N, K / 8]. K a multiple of 64."""
     first, second = _runs(qdata, _RUN16, 2)
-    swap_nibbles(first, second)
+    _swap_nibbles(first, second)
     # Now bytes j hold codes (2 j, 32 + 2 j) and (2 j + 1, 33 + 2 j) of a block.
     pairs = second.view(np.uint8).astype(np.uint16)
     pairs <<= np.uint16(8)

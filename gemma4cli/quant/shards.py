@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma4cli.bulk_file import BulkFile, memory_for
+from gemma4cli.bulk_file import BulkFile, ThreadMemory
 from gemma4cli.errors import G4Error
 from gemma4cli.quant.manifest import FastFileRecord, FileRecord
 from gemma4cli.quant.torchao_format import part_keys
@@ -42,6 +42,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_MEMORY = ThreadMemory()
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class ShardWriter:
         """
         start, _ = self._plan.spans[self._plan.tensors[name][attribute]]
         count = math.prod(shape) * dtype.itemsize
-        return np.frombuffer(memory_for(start + first * (count // shape[0]), count), dtype).reshape(shape)
+        return np.frombuffer(_MEMORY.take(start + first * (count // shape[0]), count), dtype).reshape(shape)
 
     def finish(self) -> FileRecord:
         """Make the shard durable and give it its final name."""

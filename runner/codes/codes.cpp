@@ -1,9 +1,13 @@
 // libg4_codes.so: GGUF's usual block formats taken apart into codes, integer scales and steps, for Python (ctypes).
 //
-// Per block, of what gemma4cli/quant/gguf/blocks.py describes:
+// g4_split_…: per block, of what gemma4cli/quant/gguf/blocks.py describes:
 //   codes  4-bit types: two codes per byte, the even column in the low nibble; others: a signed byte each, centred
 //   sub    an integer scale, or scale and minimum, per group; absent for Q4_0, Q4_1 and Q8_0
 //   step   the float16 step, or the steps of scale and minimum, as bits
+// g4_pack_…: the same `sub` and `step`, and the GPU's layout of codes (gemma4cli/kernels/quantized_matmul/format.py).
+// Its order of nibbles is Q4_K's own, so that most bytes are copied:
+//   codes  two codes per byte, 32 columns apart; for Q8_0 a signed byte each
+//   high   of Q5_K and Q6_K, the upper two bits of four codes per byte, 32 columns apart
 // Source of the formats: ggml's ggml-common.h. No arithmetic but on integers.
 
 #include <cstdint>
@@ -26,6 +30,16 @@ inline void PairNibbles(const uint8_t* __restrict packed, uint8_t* __restrict co
     const unsigned even = packed[2 * i], odd = packed[2 * i + 1];
     codes[i] = static_cast<uint8_t>((even & 15) | (odd << 4));
     codes[width / 2 + i] = static_cast<uint8_t>((even >> 4) | (odd & 0xF0));
+  }
+}
+
+// Bytes whose high nibbles are codes 2 `width` after the low ones' -> bytes of which they are `width` after.
+template <int width>
+inline void ExchangeNibbles(const uint8_t* __restrict first, const uint8_t* __restrict second,
+                            uint8_t* __restrict codes) {
+  for (int i = 0; i < width; ++i) {
+    codes[i] = static_cast<uint8_t>((first[i] & 15) | (second[i] << 4));
+    codes[width + i] = static_cast<uint8_t>((first[i] >> 4) | (second[i] & 0xF0));
   }
 }
 
@@ -109,5 +123,54 @@ G4_EXPORT G4_LOOPS void g4_split_q6_k(const uint8_t* block, int64_t count, uint8
         out[96 + i] = static_cast<uint8_t>(((second >> 4) | ((top & 192) >> 2)) - 32);
       }
     }
+  }
+}
+
+// `count` is even, as columns come by 64: GGUF's byte i holds weights i and 16 + i of a block of 32.
+G4_EXPORT G4_LOOPS void g4_pack_q4_0(const uint8_t* block, int64_t count, uint8_t* codes, uint8_t*, int8_t*,
+                                     uint8_t* step) {
+  for (; count > 0; count -= 2, block += 36, codes += 32, step += 4) {
+    std::memcpy(step, block, 2);
+    std::memcpy(step + 2, block + 18, 2);
+    ExchangeNibbles<16>(block + 2, block + 20, codes);
+  }
+}
+
+G4_EXPORT void g4_pack_q8_0(const uint8_t* block, int64_t count, uint8_t* codes, uint8_t*, int8_t* sub, uint8_t* step) {
+  g4_split_q8_0(block, count, codes, sub, step);
+}
+
+G4_EXPORT G4_LOOPS void g4_pack_q4_k(const uint8_t* block, int64_t count, uint8_t* codes, uint8_t*, int8_t* sub,
+                                     uint8_t* step) {
+  for (; count > 0; --count, block += 144, codes += 128, sub += 16, step += 4) {
+    std::memcpy(step, block, 4);
+    SixBitPairs(block + 4, sub);
+    std::memcpy(codes, block + 16, 128);
+  }
+}
+
+G4_EXPORT G4_LOOPS void g4_pack_q5_k(const uint8_t* block, int64_t count, uint8_t* codes, uint8_t* high, int8_t* sub,
+                                     uint8_t* step) {
+  for (; count > 0; --count, block += 176, codes += 128, high += 64, sub += 16, step += 4) {
+    std::memcpy(step, block, 4);
+    SixBitPairs(block + 4, sub);
+    for (int i = 0; i < 32; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        unsigned fifths = (block[16 + i] >> (4 * half)) & 15;  // of four groups; two bits for each
+        fifths = (fifths | (fifths << 2)) & 0x33;
+        high[32 * half + i] = static_cast<uint8_t>((fifths | (fifths << 1)) & 0x55);
+      }
+    }
+    std::memcpy(codes, block + 48, 128);
+  }
+}
+
+G4_EXPORT G4_LOOPS void g4_pack_q6_k(const uint8_t* block, int64_t count, uint8_t* codes, uint8_t* high, int8_t* sub,
+                                     uint8_t* step) {
+  for (; count > 0; --count, block += 210, codes += 128, high += 64, sub += 16, step += 2) {
+    std::memcpy(step, block + 208, 2);
+    std::memcpy(sub, block + 192, 16);
+    std::memcpy(high, block + 128, 64);
+    for (int half = 0; half < 2; ++half) ExchangeNibbles<32>(block + 64 * half, block + 64 * half + 32, codes + 64 * half);
   }
 }

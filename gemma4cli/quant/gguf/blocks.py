@@ -86,7 +86,7 @@ def _by_arrays(take_apart: Callable[[np.ndarray], Blocks]) -> Decode:
     return decode
 
 
-def block_bytes(block: np.ndarray, start: int, stop: int) -> np.ndarray:
+def _block_bytes(block: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Copy some bytes of every block: uint8 [n, stop - start], contiguous.
 
     One opaque item per block copies several times faster than its bytes one by one.
@@ -109,19 +109,14 @@ def _join_runs(runs: list[np.ndarray]) -> np.ndarray:
     return joined.view(np.int8)
 
 
-def half_step(block: np.ndarray, start: int) -> np.ndarray:
+def _half_step(block: np.ndarray, start: int) -> np.ndarray:
     """Return a float16 per block, [n, 1]."""
-    return block_bytes(block, start, start + 2).view(np.float16)
-
-
-def half_pair(block: np.ndarray) -> np.ndarray:
-    """Return the two float16 that open a block, [n, 1, 2]."""
-    return block_bytes(block, 0, 4).view(np.float16).reshape(-1, 1, 2)
+    return _block_bytes(block, start, start + 2).view(np.float16)
 
 
 def _step_and_negated_offset(block: np.ndarray) -> np.ndarray:
     """Q4_1 and Q5_1 add an offset where the K-quants subtract a minimum; flipping a sign bit is exact."""
-    pair = block_bytes(block, 0, 4).view(np.uint16).reshape(-1, 1, 2)
+    pair = _block_bytes(block, 0, 4).view(np.uint16).reshape(-1, 1, 2)
     pair[..., 1] ^= 0x8000
     return pair.view(np.float16)
 
@@ -136,45 +131,26 @@ def _five_bits(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def _q5_0(block: np.ndarray) -> Blocks:
-    return Blocks(_five_bits(block_bytes(block, 6, 22), block_bytes(block, 2, 6)), None, half_step(block, 0))
+    return Blocks(_five_bits(_block_bytes(block, 6, 22), _block_bytes(block, 2, 6)), None, _half_step(block, 0))
 
 
 def _q5_1(block: np.ndarray) -> Blocks:
     return Blocks(
-        _five_bits(block_bytes(block, 8, 24), block_bytes(block, 4, 8)), None, _step_and_negated_offset(block)
+        _five_bits(_block_bytes(block, 8, 24), _block_bytes(block, 4, 8)), None, _step_and_negated_offset(block)
     )
 
 
 def _q3_k(block: np.ndarray) -> Blocks:
-    third, low = block_bytes(block, 0, 32), _runs(block_bytes(block, 32, 96))
+    third, low = _block_bytes(block, 0, 32), _runs(_block_bytes(block, 32, 96))
     codes = []
     for run in range(8):
         # A set bit means that there is no 4 to subtract.
         codes.append((((low[run // 4] >> (2 * (run % 4))) & 3) | (((third >> run) & 1) << 2)) - np.uint8(4))
-    packed = block_bytes(block, 96, 108)
+    packed = _block_bytes(block, 96, 108)
     low_scale = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
     high_scale = (packed[:, None, 8:] >> np.array([0, 2, 4, 6], np.uint8).reshape(1, 4, 1)) & 3
     sub = (low_scale | (high_scale.reshape(-1, 16) << 4)) - np.uint8(32)
-    return Blocks(_join_runs(codes), sub.view(np.int8), half_step(block, 108))
-
-
-def six_bit_pairs(packed: np.ndarray) -> np.ndarray:
-    """Q4_K's and Q5_K's 12 bytes of 6-bit scales and minima -> int8 [n, 8, 2]; four groups per 32-bit word."""
-    words = packed.view(np.uint32)
-    scale, minimum, rest = words[:, 0], words[:, 1], words[:, 2]
-    mask, top = np.uint32(0x3F3F3F3F), np.uint32(0x30303030)
-    low, four, two = np.uint32(0x0F0F0F0F), np.uint32(4), np.uint32(2)
-    levels = np.empty((2, len(packed), 2), np.uint32)
-    levels[0, :, 0] = scale & mask
-    levels[0, :, 1] = (rest & low) | ((scale >> two) & top)
-    levels[1, :, 0] = minimum & mask
-    levels[1, :, 1] = ((rest >> four) & low) | ((minimum >> two) & top)
-    # Pairs of bytes are put together as 16-bit numbers: several times faster than byte by byte.
-    scales, minima = levels.view(np.uint8).reshape(2, -1)
-    pairs = minima.astype(np.uint16)
-    pairs <<= np.uint16(8)
-    pairs |= scales
-    return pairs.view(np.int8).reshape(-1, 8, 2)
+    return Blocks(_join_runs(codes), sub.view(np.int8), _half_step(block, 108))
 
 
 # The points of the non-uniform 4-bit grid are whole numbers. A byte of two codes -> its low and its high code's point.
@@ -193,14 +169,14 @@ def _iq4_values(packed: np.ndarray) -> np.ndarray:
 
 
 def _iq4_nl(block: np.ndarray) -> Blocks:
-    return Blocks(_iq4_values(block_bytes(block, 2, 18)), None, half_step(block, 0))
+    return Blocks(_iq4_values(_block_bytes(block, 2, 18)), None, _half_step(block, 0))
 
 
 def _iq4_xs(block: np.ndarray) -> Blocks:
-    high = block_bytes(block, 2, 4).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)
+    high = _block_bytes(block, 2, 4).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)
     low = np.stack([block[:, 4:8] & 15, block[:, 4:8] >> 4], axis=-1).reshape(-1, 8)
     sub = (low | ((high.astype(np.uint8) & 3) << 4)) - np.uint8(32)
-    return Blocks(_iq4_values(block_bytes(block, 8, 136)), sub.view(np.int8), half_step(block, 0))
+    return Blocks(_iq4_values(_block_bytes(block, 8, 136)), sub.view(np.int8), _half_step(block, 0))
 
 
 FORMATS = {
