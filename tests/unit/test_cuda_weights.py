@@ -21,12 +21,16 @@ from executorch.runtime import Runtime
 from gguf.constants import GGMLQuantizationType as GGML
 from torch import nn
 
+from gemma4cli import bulk_file
+from gemma4cli.bulk_file import PAGE
 from gemma4cli.errors import G4Error
 from gemma4cli.export.cuda import weights
+from gemma4cli.export.cuda.layers import PackedMatrix
 from gemma4cli.export.cuda.model import CudaModel, Signature, fill
 from gemma4cli.export.cuda.weights import planned_bytes, state_bytes, weight_entries, write_weights
 from gemma4cli.export.flat_tensor import ALIGNMENT, DataTensor, lay_out, writing
 from gemma4cli.export.trace import Step
+from gemma4cli.kernels.quantized_matmul.format import WeightFormat
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.quant.checkpoint import Checkpoint, open_checkpoint
 from gemma4cli.quant.gguf.checkpoint import GGUFCheckpoint
@@ -147,16 +151,37 @@ def test_a_damaged_scale_is_refused(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
-def test_same_weights_same_bytes(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    signature = Signature.of(checkpoint, SPEC, "folded")
+@pytest.mark.parametrize("kind", [None, GGML.Q4_K, GGML.Q4_0], ids=["checkpoint", "Q4_K", "Q4_0"])
+def test_same_weights_same_bytes(
+    checkpoint: Checkpoint, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: GGML | None
+) -> None:
+    """Also of a few rows at a time, whose parts begin in the midst of a page, and written past the page cache."""
+    source, shown = checkpoint, checkpoint
+    if kind is not None:
+        source = GGUFCheckpoint([write(tmp_path / "model.gguf", mixed(folder, kind))])
+        shown = source.first_rows()
+    signature = Signature.of(shown, SPEC, "folded")
     hashes = set()
-    for place, slab, threads in (("a", 1 << 21, 2), ("b/c", 1000, 8), ("a", 4096, 1)):
+    for place, page, slab, threads in (("a", PAGE, 1 << 21, 2), ("b/c", 1, 1000, 8), ("a", 1, 4096, 1)):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(weights, "PAGE", page)
         monkeypatch.setattr(weights, "_SLAB_WEIGHTS", slab)
         monkeypatch.setattr(weights, "_MAX_THREADS", threads)
-        write_weights(tmp_path / place / "model.ptd", signature, checkpoint)
+        monkeypatch.setattr(bulk_file, "DIRECT_BYTES", slab)
+        write_weights(tmp_path / place / "model.ptd", signature, source)
         hashes.add(hashlib.sha256((tmp_path / place / "model.ptd").read_bytes()).hexdigest())
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("columns", [256, 5376, 8192, 21_504])
+@pytest.mark.parametrize("weight_format", [WeightFormat(4, 32, True), WeightFormat(6, 16, False)], ids=["4", "6"])
+def test_slabs_end_with_pages(weight_format: WeightFormat, columns: int) -> None:
+    """What ends in the midst of a page is put together, and written page by page: that took longer than all else."""
+    with torch.device("meta"):
+        matrix = PackedMatrix(weight_format, 65_536, columns)
+    rows = weights._slab_rows(matrix)
+    assert weights._SLAB_WEIGHTS <= rows * columns < 8 * weights._SLAB_WEIGHTS
+    assert all(rows * part[0].nbytes % PAGE == 0 for part in matrix.buffers())
 
 
 def test_other_weights_of_one_signature_have_the_same_layout(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ whatever the size of the model.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
+from gemma4cli.bulk_file import PAGE
 from gemma4cli.export.cuda.layers import CudaCache, PackedMatrix, TurboQuant
 from gemma4cli.export.cuda.model import CudaModel, Signature
 from gemma4cli.export.flat_tensor import DataLayout, DataTensor, DataWriter, lay_out, writing
@@ -120,7 +122,7 @@ class _Packing:
             yield lambda: self.put_plain(prefix + part, value)
             return
         rows, prefetch, pack = _source(checkpoint, name, place.format.has_min)
-        step = max(1, _SLAB_WEIGHTS // place.columns)
+        step = _slab_rows(place)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             prefetch(start, stop)
@@ -151,6 +153,12 @@ class _Packing:
         with self._lock:
             self._written[name] += data.nbytes
         return data.nbytes
+
+
+def _slab_rows(place: PackedMatrix) -> int:
+    """Return how many rows to pack at a time: whole pages of every part, which are written from where they lie."""
+    whole = max(PAGE // math.gcd(PAGE, part[0].nbytes) for part in place.buffers())
+    return -(-_SLAB_WEIGHTS // (place.columns * whole)) * whole
 
 
 def _source(
