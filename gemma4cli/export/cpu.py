@@ -173,7 +173,7 @@ class CpuGemma4(nn.Module):
             x = x[:, -1:]
         logits = self.lm_head(self.norm(x))
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits if cap is None else cpu_ops.softcap(logits, cap)
 
 
 def build_cpu_model(

@@ -73,6 +73,10 @@ def _gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def _softcap(x: Tensor, cap: float) -> Tensor:
+    return torch.tanh(x * (1 / cap)) * cap
+
+
 def _define(schema: str, reference: object, shape: object) -> None:
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -106,6 +110,7 @@ _define(
     _gelu_mul,
     lambda gate, up: torch.empty_like(gate, memory_format=torch.contiguous_format),
 )
+_define("softcap(Tensor x, float cap) -> Tensor", _softcap, lambda x, cap: torch.empty_like(x))
 
 
 def linear_int4(x: Tensor, qdata: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -148,3 +153,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Compute gelu(gate) * up with the tanh form of GELU. XNNPACK's own GELU is the erf form."""
     return torch.ops.g4.gelu_mul(gate, up)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """Keep x within -cap…cap. ExecuTorch's tanh takes 262,144 logits one by one in one thread; XNNPACK's does not."""
+    return torch.ops.g4.softcap(x, cap)

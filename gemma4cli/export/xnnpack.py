@@ -264,6 +264,10 @@ class _Translator:
         )
         return graph.multiply(graph.multiply(gate, graph.sigmoid(graph.multiply(gate, inner))), up)
 
+    def softcap(self, node: fx.Node) -> int:
+        graph, x, cap = self._graph, self._value(node.args[0]), node.args[1]
+        return graph.multiply(graph.tanh(graph.multiply(x, graph.scalar(1 / cap))), graph.scalar(cap))
+
 
 _BINARY = (_aten.add.Tensor, _aten.mul.Tensor)
 _WRITERS: dict[Any, Callable[[_Translator, fx.Node], int]] = {
@@ -273,6 +277,7 @@ _WRITERS: dict[Any, Callable[[_Translator, fx.Node], int]] = {
     _g4.rms_norm.default: _Translator.rms_norm,
     _g4.rope.default: _Translator.rope,
     _g4.gelu_mul.default: _Translator.gelu_mul,
+    _g4.softcap.default: _Translator.softcap,
     _aten.add.Tensor: _Translator.add,
     _aten.mul.Tensor: _Translator.multiply,
     _aten.view.default: _Translator.view,

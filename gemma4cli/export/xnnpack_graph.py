@@ -28,6 +28,7 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNStaticSlice,
     XNNStaticTranspose,
     XNNSubtract,
+    XNNTanh,
     XNNTensorValue,
     XNode,
     XNodeUnion,
@@ -172,6 +173,9 @@ class GraphWriter:
     def sigmoid(self, x: int) -> int:
         return self._unary(XNNSigmoid, x)
 
+    def tanh(self, x: int) -> int:
+        return self._unary(XNNTanh, x)
+
     def reshape(self, x: int, shape: Sequence[int]) -> int:
         """Change the shape; dimension 1, the tokens, is inferred at run time."""
         y = self._new(shape)
@@ -249,7 +253,7 @@ class GraphWriter:
         self._node(kind(input1_id=a, input2_id=b, output_id=y, flags=0))
         return y
 
-    def _unary(self, kind: type[XNNReciprocalSquareRoot | XNNSigmoid], x: int) -> int:
+    def _unary(self, kind: type[XNNReciprocalSquareRoot | XNNSigmoid | XNNTanh], x: int) -> int:
         y = self._new(self.shape(x))
         self._node(kind(input_id=x, output_id=y, flags=0))
         return y

@@ -172,6 +172,7 @@ def test_operators_follow_their_formulas() -> None:
     torch.testing.assert_close(cpu_ops.rms_norm(x, weight, 1e-6), F.rms_norm(x, (8,), weight, 1e-6))
     torch.testing.assert_close(cpu_ops.rms_norm(x, None, 1e-6), F.rms_norm(x, (8,), None, 1e-6))
     torch.testing.assert_close(cpu_ops.gelu_mul(x, x), F.gelu(x, approximate="tanh") * x)
+    torch.testing.assert_close(cpu_ops.softcap(20 * x, 30.0), torch.tanh(20 * x / 30.0) * 30.0)
 
 
 def last_logits(model: torch.nn.Module, chunks: list[int]) -> Tensor:
