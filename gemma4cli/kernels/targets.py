@@ -1,9 +1,9 @@
 """The GPUs a kernel can be compiled for, and the limits code needs to know about each: one table, once.
 
-Sources: CUDA C++ Programming Guide, "Technical specifications per compute capability" (shared memory, threads,
-    registers);
-vendor data sheets (memory, bandwidth). The SM count and bandwidth are those of the card named, the usual one of its
-architecture; the compiled code depends on the architecture only.
+Sources: CUDA C++ Programming Guide, "Technical specifications per compute capability" (shared memory, threads, blocks,
+registers); vendor data sheets (memory, bandwidth, boost clock); architecture whitepapers (tensor rate: bf16 with float32
+sums, dense). The SM count, clock and bandwidth are those of the card named, the usual one of its architecture; the
+compiled code depends on the architecture only.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class Target:
         shared_bytes_per_block: opt-in limit of one thread block, bytes.
         shared_bytes_per_sm: shared memory of one multiprocessor, bytes.
         bandwidth: memory bandwidth of `card`, bytes per second (data sheet).
+        clock: boost clock, cycles per second.
+        blocks_per_sm: resident at most.
+        tensor_flops_per_cycle: of one multiprocessor, products of bf16 with float32 sums.
     """
 
     name: str
@@ -40,6 +43,9 @@ class Target:
     l2_bytes: int
     memory_bytes: int
     bandwidth: float
+    clock: float
+    blocks_per_sm: int
+    tensor_flops_per_cycle: int
     registers_per_sm: int = 65536
     warp_size: int = 32
 
@@ -54,18 +60,30 @@ class Target:
         return self.capability >= (9, 0)
 
 
+# fmt: off
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("sm_80", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 163 * KIB, 164 * KIB, 2048, 40 << 20, 80 * GIB, 2.04e12),
-        # Code for 8.6 also runs on the RTX 40 series (8.9), whose limits are the same.
-        Target("sm_86", "NVIDIA GeForce RTX 3090", (8, 6), 82, 99 * KIB, 100 * KIB, 1536, 6 << 20, 24 * GIB, 0.936e12),
-        Target("sm_90", "NVIDIA H200", (9, 0), 132, 227 * KIB, 228 * KIB, 2048, 60 << 20, 141 * GIB, 4.8e12),
         Target(
-            "sm_120", "NVIDIA GeForce RTX 5090", (12, 0), 170, 99 * KIB, 100 * KIB, 1536, 96 << 20, 32 * GIB, 1.79e12
+            "sm_80", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 163 * KIB, 164 * KIB, 2048, 40 << 20, 80 * GIB, 2.04e12,
+            clock=1.41e9, blocks_per_sm=32, tensor_flops_per_cycle=2048,
+        ),
+        # Code for 8.6 also runs on the RTX 40 series (8.9), whose limits are the same.
+        Target(
+            "sm_86", "NVIDIA GeForce RTX 3090", (8, 6), 82, 99 * KIB, 100 * KIB, 1536, 6 << 20, 24 * GIB, 0.936e12,
+            clock=1.695e9, blocks_per_sm=16, tensor_flops_per_cycle=512,
+        ),
+        Target(
+            "sm_90", "NVIDIA H200", (9, 0), 132, 227 * KIB, 228 * KIB, 2048, 60 << 20, 141 * GIB, 4.8e12,
+            clock=1.83e9, blocks_per_sm=32, tensor_flops_per_cycle=4096,
+        ),
+        Target(
+            "sm_120", "NVIDIA GeForce RTX 5090", (12, 0), 170, 99 * KIB, 100 * KIB, 1536, 96 << 20, 32 * GIB, 1.79e12,
+            clock=2.407e9, blocks_per_sm=24, tensor_flops_per_cycle=512,
         ),
     )
 }
+# fmt: on
 
 
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_120")
