@@ -1,14 +1,24 @@
-"""The model that chooses configurations for GPUs that are not there: what it is made of."""
+"""The model that chooses configurations for GPUs that are not there: what it is made of, how well it orders what was
+timed on the GPU that is, and that the tables follow it.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from types import ModuleType
+
+import pytest
 
 from gemma4cli.kernels.machine_code import Profile, Work
 from gemma4cli.kernels.occupancy import LATENCY, LAUNCH, STALLS, Facts, Load, predict, resident_programs
 from gemma4cli.kernels.targets import TARGETS
 
+ROOT = Path(__file__).resolve().parents[2]
 STREAM = Work(instructions=100, round_trips=1, cycles=100, global_bytes=1024, shared_bytes=0, tensor_flops=0, dots=0)
 FACTS = Facts(registers=72, local_bytes=0, shared_bytes=0, warps=1, profile=Profile(STREAM, None))
 
@@ -32,3 +42,31 @@ def test_many_programs_take_as_long_as_memory_and_few_as_long_as_a_round_trip() 
     alone = LATENCY + 100 * STALLS
     assert alone <= few * target.clock < 1.2 * alone
     assert predict(replace(FACTS, shared_bytes=1 << 20), Load(8, 0, 8192), target) == math.inf
+
+
+@pytest.fixture(scope="module")
+def choose_configs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("choose_configs", ROOT / "tools" / "choose_configs.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_model_orders_what_was_timed(choose_configs: ModuleType) -> None:
+    """What it chooses is nearly the fastest: per kernel, means over the shapes that were timed, and per entry."""
+    shapes, entries = choose_configs.check(ROOT / "bench" / "results" / "occupancy-h200.json")
+    bounds = {"matvec": (0.70, 0.05), "split": (0.75, 0.07), "matmul": (0.80, 0.02), "attend": (0.90, 0.03)}
+    assert shapes.keys() == bounds.keys()
+    for kernel, (correlation, regret) in bounds.items():
+        assert mean(one.correlation for one in shapes[kernel]) > correlation, kernel
+        assert mean(one.regret for one in shapes[kernel]) < regret, kernel
+    assert max(one.regret for one in entries) < 0.15
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS.keys() - {"sm_90"}))
+def test_every_entry_that_was_not_timed_is_nearly_the_models_best(name: str, choose_configs: ModuleType) -> None:
+    model = choose_configs.Model(name)
+    for entry in choose_configs.entries():
+        slowness = choose_configs.mean_slowness(entry, model.seconds)
+        assert slowness[entry.present(model.target)] <= 1.02 * min(slowness.values()), entry.name

@@ -1,9 +1,17 @@
 """Launch configurations of the attention kernels, per target, head size and kind of cache.
 
-sm_90 is recorded on an H200 (bench/results/attention-h200.json and attention-prefill-h200.json; ring_attention:
-bench/notes.md), fastest of those that do not spill registers; but prefill over TQ4 spills some 100 bytes a thread, since tiles without spills take 1.2 to 1.9
-times as long. Everything else is not measured: chosen to fit the target's shared memory without
-spills (tests/kernels/test_attention.py compiles every entry and holds it to that).
+sm_90 is measured on an H200 (bench/results/attention-h200.json, attention-prefill-h200.json and occupancy-h200.json;
+ring_attention: bench/notes.md), fastest of those that do not spill registers; but prefill over TQ4 spills some 100
+bytes a thread, since tiles without spills take 1.2 to 1.9 times as long.
+
+The others are not measured. The model of kernels/occupancy.py chose them among candidates that fit the target without
+spills, from what compiling them told (bench/results/occupancy-facts.json):
+
+    python tools/choose_configs.py rank --target sm_86
+
+Asked about sm_90 it chooses what is 0 to 5 % slower than the fastest for prefill, 1 to 13 % for decode. About
+ring_attention, which is what the decode entries for rings are for, it was not asked: those are neighbours of sm_90's.
+tests/kernels/test_occupancy.py holds the entries to the model, and test_attention.py compiles each for its target.
 """
 
 from __future__ import annotations
@@ -42,33 +50,33 @@ COMBINE_BLOCK_D = 64
 # Heads above 256 (full layers) by kind of cache, and heads up to 256 (rings, always plain).
 _DECODE: dict[str, dict[str, DecodeConfig]] = {
     "sm_80": {
-        "plain": DecodeConfig(64, 32, 4, 2),
-        "folded": DecodeConfig(64, 32, 4, 2),
-        "tq4": DecodeConfig(64, 16, 4, 1),
-        "folded-tq4": DecodeConfig(64, 16, 4, 1),
+        "plain": DecodeConfig(32, 32, 4, 2),
+        "folded": DecodeConfig(32, 32, 4, 2),
+        "tq4": DecodeConfig(128, 64, 8, 2),
+        "folded-tq4": DecodeConfig(128, 32, 4, 2),
     },
-    "sm_90": {
+    "sm_90": {  # measured
         "plain": DecodeConfig(64, 32, 4, 3),
         "folded": DecodeConfig(64, 32, 4, 3),
         "tq4": DecodeConfig(64, 32, 4, 2),
         "folded-tq4": DecodeConfig(64, 32, 4, 2),
     },
     "sm_86": {
-        "plain": DecodeConfig(64, 32, 4, 1),
-        "folded": DecodeConfig(64, 32, 4, 1),
-        "tq4": DecodeConfig(64, 32, 4, 1),
-        "folded-tq4": DecodeConfig(64, 32, 4, 1),
+        "plain": DecodeConfig(32, 16, 4, 2),
+        "folded": DecodeConfig(32, 16, 4, 2),
+        "tq4": DecodeConfig(32, 32, 4, 3),
+        "folded-tq4": DecodeConfig(32, 32, 4, 3),
     },
     "sm_120": {
-        "plain": DecodeConfig(64, 32, 4, 1),
-        "folded": DecodeConfig(64, 32, 4, 1),
-        "tq4": DecodeConfig(64, 32, 4, 1),
-        "folded-tq4": DecodeConfig(64, 32, 4, 1),
+        "plain": DecodeConfig(32, 32, 4, 2),
+        "folded": DecodeConfig(32, 32, 4, 2),
+        "tq4": DecodeConfig(64, 32, 4, 3),
+        "folded-tq4": DecodeConfig(64, 32, 4, 2),
     },
 }
 _DECODE_RING = {
     "sm_80": DecodeConfig(16, 32, 4, 2),
-    "sm_90": DecodeConfig(16, 32, 4, 1),
+    "sm_90": DecodeConfig(16, 32, 4, 1),  # measured
     "sm_86": DecodeConfig(16, 32, 4, 2),
     "sm_120": DecodeConfig(16, 32, 4, 2),
 }
@@ -77,33 +85,33 @@ _PREFILL: dict[str, dict[str, PrefillConfig]] = {
     "sm_80": {
         "plain": PrefillConfig(64, 32, 8, 2),
         "folded": PrefillConfig(64, 32, 8, 2),
-        "tq4": PrefillConfig(32, 32, 8, 1),
-        "folded-tq4": PrefillConfig(32, 32, 8, 1),
+        "tq4": PrefillConfig(32, 32, 4, 2),
+        "folded-tq4": PrefillConfig(32, 32, 4, 2),
     },
-    "sm_90": {
+    "sm_90": {  # measured
         "plain": PrefillConfig(64, 64, 8, 1),
         "folded": PrefillConfig(64, 64, 8, 2, ahead=True),
         "tq4": PrefillConfig(64, 64, 8, 1),
         "folded-tq4": PrefillConfig(64, 64, 8, 1),
     },
     "sm_86": {
-        "plain": PrefillConfig(32, 16, 8, 1),
-        "folded": PrefillConfig(32, 16, 8, 1),
-        "tq4": PrefillConfig(32, 32, 8, 1),
+        "plain": PrefillConfig(32, 32, 4, 2),
+        "folded": PrefillConfig(32, 32, 4, 2),
+        "tq4": PrefillConfig(32, 32, 4, 1),
         "folded-tq4": PrefillConfig(32, 32, 8, 1),
     },
     "sm_120": {
-        "plain": PrefillConfig(32, 16, 8, 1),
+        "plain": PrefillConfig(32, 32, 8, 1),
         "folded": PrefillConfig(32, 16, 8, 1),
         "tq4": PrefillConfig(32, 32, 8, 1),
         "folded-tq4": PrefillConfig(32, 32, 8, 1),
     },
 }
 _PREFILL_RING = {
-    "sm_80": PrefillConfig(64, 32, 8, 2),
-    "sm_90": PrefillConfig(128, 64, 8, 2),
-    "sm_86": PrefillConfig(64, 32, 8, 1),
-    "sm_120": PrefillConfig(64, 32, 8, 1),
+    "sm_80": PrefillConfig(128, 64, 8, 2),
+    "sm_90": PrefillConfig(128, 64, 8, 2),  # measured
+    "sm_86": PrefillConfig(64, 64, 8, 1),
+    "sm_120": PrefillConfig(64, 64, 8, 1),
 }
 
 

@@ -1,8 +1,16 @@
 """Launch configurations of the low-bit matmul kernels, per target.
 
-sm_90 is measured on an H200 (bench/results/matmul-h200.json, matmul-prefill-h200.json). The others are not: they take
-the sm_90 choice where ptxas reports no spills and the shared memory fits the target, else the next smaller tile
-(tests/kernels/test_quantized_matmul.py compiles every entry for its target and holds it to that).
+sm_90 is measured on an H200 (bench/results/matmul-h200.json, matmul-prefill-h200.json and occupancy-h200.json; the limit
+of registers: bench/notes.md).
+
+The others are not measured. The model of kernels/occupancy.py chose them among candidates that fit the target without
+spills, from what compiling them told (bench/results/occupancy-facts.json):
+
+    python tools/choose_configs.py rank --target sm_86
+
+Asked about sm_90 it chooses the fastest of both products, one configuration for all shapes; for one shape alone what is
+0 to 8 % slower (matvec, 4 % in the mean) or the fastest (matmul). It knows nothing of 8-bit weights.
+tests/kernels/test_occupancy.py holds the entries to the model, and test_quantized_matmul.py compiles each for its target.
 """
 
 from __future__ import annotations
@@ -39,8 +47,8 @@ class MatmulConfig:
 
 
 MATVEC: dict[str, MatvecConfig] = {
-    "sm_80": MatvecConfig(2, 16, 1, 2, 0),
-    "sm_90": MatvecConfig(2, 16, 1, 2, 80),
+    "sm_80": MatvecConfig(4, 32, 2, 2, 0),
+    "sm_90": MatvecConfig(2, 16, 1, 2, 80),  # measured
     "sm_86": MatvecConfig(2, 16, 1, 2, 0),
     "sm_120": MatvecConfig(2, 16, 1, 2, 0),
 }
@@ -48,7 +56,7 @@ MATVEC: dict[str, MatvecConfig] = {
 _MANY_ROWS = 65536
 MATMUL: dict[str, MatmulConfig] = {
     "sm_80": MatmulConfig(128, 128, 2, 8, 3),
-    "sm_90": MatmulConfig(128, 256, 2, 8, 3),
+    "sm_90": MatmulConfig(128, 256, 2, 8, 3),  # measured
     "sm_86": MatmulConfig(128, 64, 4, 8, 3),
     "sm_120": MatmulConfig(128, 64, 4, 8, 3),
 }
