@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -64,6 +66,21 @@ def test_a_relative_folder_of_programs(tool: ModuleType, tmp_path: Path, monkeyp
     tool.main()
     assert places == [tmp_path / "made"] * 2
     assert len(list(Path("made").glob("sm_90-*/decode.so"))) == 1
+
+
+def test_a_programs_name_follows_the_kernels_and_the_model_it_is_made_of() -> None:
+    """And not what merely lies beside them: the model that chooses configurations, say."""
+    listing = (
+        "import sys, gemma4cli.export.cuda.lower as _; print(*(m for m in sys.modules if m.startswith('gemma4cli.')))"
+    )
+    run = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
+    modules = {name.split(".", 1)[1] for name in run.stdout.split()}
+    made_of = {name for name in modules if name.split(".")[0] in ("kernels", "model")}
+    package = Path(compile.__file__).parents[2]
+    covered = {path.relative_to(package) for pattern in compile._SOURCES for path in package.glob(pattern)}
+    named = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in covered}
+    assert made_of <= named
+    assert not {"kernels.occupancy", "kernels.machine_code"} & named
 
 
 @pytest.mark.parametrize(
