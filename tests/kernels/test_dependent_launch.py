@@ -21,21 +21,21 @@ READERS = ("matvec", "residual_norm", "head_rope", "ring_attention")
 
 
 def kernels(target: Target) -> list[KernelCode]:
-    config = decode_config(target, 256, "plain")
-    split = compile_kernel(
-        decode.split,
-        {"q_ptr": "*bf16", "r_ptr": "*bf16", "k_ptr": "*bf16", "k_scale_ptr": "*bf16", "v_ptr": "*bf16",
-         "v_scale_ptr": "*bf16", "position_ptr": "*i64", "partial_ptr": "*fp32", "top_ptr": "*fp32",
-         "total_ptr": "*fp32", "S": "i32", "WINDOW": 1024, "GROUP": 2, "D": 256, "R": 256, "HALF": 128, "R_HALF": 128,
-         "SPLITS": config.splits, "BLOCK_S": config.block_s, "ROWS": 16, "FOLDED": False, "TQ4": False,
-         "DOT": tl.bfloat16, "ASM": True, "PDL": target.dependent_launch},
-        target, num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    return [
-        *fused_kernels(target),
-        split,
-        *(compile_matvec(target, *fmt) for fmt in ((4, 32, True), (8, 32, False))),
-    ]
+    """What a token of the 31B launches; full layers with a folded cache of either kind."""
+    found = [*fused_kernels(target)]
+    for kind, stored, number in (("folded", "*bf16", tl.bfloat16), ("folded-tq4", "*u8", tl.float16)):
+        config = decode_config(target, 512, kind)
+        found.append(compile_kernel(
+            decode.split,
+            {"q_ptr": "*bf16", "r_ptr": "*bf16", "k_ptr": stored, "k_scale_ptr": "*fp16", "v_ptr": stored,
+             "v_scale_ptr": "*fp16", "position_ptr": "*i64", "partial_ptr": "*fp32", "top_ptr": "*fp32",
+             "total_ptr": "*fp32", "S": "i32", "WINDOW": 0, "GROUP": 8, "D": 512, "R": 128, "HALF": 256, "R_HALF": 64,
+             "SPLITS": config.splits, "BLOCK_S": config.block_s, "ROWS": 16, "FOLDED": True, "TQ4": stored == "*u8",
+             "DOT": number, "ASM": True, "PDL": target.dependent_launch},
+            target, num_warps=config.num_warps, num_stages=config.num_stages,
+        ))  # fmt: skip
+    found += [compile_matvec(target, *fmt) for fmt in ((4, 32, True), (8, 32, False))]
+    return [*found, compile_matvec(target, 4, 32, True, k=21504)]  # long rows: two steps at a time
 
 
 @pytest.mark.parametrize("target_name", ["sm_90", "sm_120"])
