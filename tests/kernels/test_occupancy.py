@@ -14,13 +14,28 @@ from types import ModuleType
 
 import pytest
 
-from gemma4cli.kernels.machine_code import Profile, Work
+from gemma4cli.kernels.machine_code import Profile, Work, read_profile
 from gemma4cli.kernels.occupancy import LATENCY, LAUNCH, STALLS, Facts, Load, predict, resident_programs
+from gemma4cli.kernels.quantized_matmul.configs import matvec_config
 from gemma4cli.kernels.targets import TARGETS
+from tests.kernels.test_quantized_matmul import compile_matvec
 
 ROOT = Path(__file__).resolve().parents[2]
 STREAM = Work(instructions=100, round_trips=1, cycles=100, global_bytes=1024, shared_bytes=0, tensor_flops=0, dots=0)
 FACTS = Facts(registers=72, local_bytes=0, shared_bytes=0, warps=1, profile=Profile(STREAM, None))
+
+
+@pytest.mark.parametrize("name", ["sm_86", "sm_90"])
+def test_machine_code_tells_what_a_program_multiplies(name: str) -> None:
+    """A step is `block_k` 64-wide blocks of `block_n` rows: 8 words each, their nibbles in two products."""
+    target = TARGETS[name]
+    config = matvec_config(target, 5376)
+    step = config.block_n * config.block_k * 8 * 2 // (32 * config.num_warps)
+    short = read_profile(compile_matvec(target, 4, 32, True, k=5376).cubin)
+    assert (short.loop, short.once.dots) == (None, 6 * step)
+    long = read_profile(compile_matvec(target, 4, 32, True, k=21504).cubin)
+    assert (long.once.dots, long.loop.dots) == (step, 2 * step)
+    assert long.loop.round_trips < 2  # the weights of both steps of a pass are asked for together
 
 
 def test_resident_programs_are_those_of_the_occupancy_calculator() -> None:
