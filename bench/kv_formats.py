@@ -2,8 +2,9 @@
 
     python -m bench.kv_formats --tokens 2048 --out bench/results/kv-formats-demo.json
 
-Runs the CUDA backend's model on the CPU implementations of its kernels, int8 weights and float32 activations, so that
-nothing but the caches of the full layers differs. Logits are compared after every 8 tokens.
+Runs the CUDA backend's model on the CPU implementations of its kernels, weights of the default recipe (4-bit, the
+embedding 8-bit) and float32 activations, so that nothing but the caches of the full layers differs. Logits are compared
+after every 8 tokens.
 """
 
 from __future__ import annotations
