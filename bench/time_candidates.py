@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tools")]
 
 from choose_configs import CHUNK, KINDS, PRODUCTS, Candidate  # noqa: E402
-from tune_attention import FULL, SLIDING, make_cache  # noqa: E402
+from tune_attention import FULL, SLIDING, make_cache, pointers  # noqa: E402
 from tune_matmul import FORMATS, copy_bandwidth, random_weight, relative_error  # noqa: E402
 
 from gemma4cli.kernels.attention import reference as attention_reference  # noqa: E402
@@ -130,12 +130,6 @@ def matmul(codes: list[Code], case: str, shape: str) -> Iterator[dict]:
 def last_rows(w: PackedWeight, count: int) -> PackedWeight:
     high = None if w.high is None else w.high[-count:]
     return PackedWeight(w.format, (count, w.shape[1]), w.codes[-count:], high, w.sub[-count:], w.step[-count:])
-
-
-def pointers(cache: AttentionCache, q: torch.Tensor, r: torch.Tensor) -> list[torch.Tensor]:
-    k_scale = cache.k if cache.k_scale is None else cache.k_scale
-    v_scale = cache.v if cache.v_scale is None else cache.v_scale
-    return [q, r, cache.k, k_scale, cache.v, v_scale]
 
 
 def cache_bytes(cache: AttentionCache) -> int:

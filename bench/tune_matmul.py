@@ -94,7 +94,7 @@ def copy_bandwidth() -> float:
     return 2 * a.numel() * 4 / sorted(samples)[len(samples) // 2]
 
 
-def matvec_configs(fmt: WeightFormat) -> list[tuple[int, int, int, int]]:
+def matvec_configs() -> list[tuple[int, int, int, int]]:
     """(BLOCK_N, BLOCK_B or BLOCK_G, warps, stages) worth trying: each thread reads 8 to 64 words a step."""
     found = []
     for block_n in (1, 2, 4, 8):
@@ -136,7 +136,7 @@ def tune_matvec(name: str, fmt_name: str, deadline: float) -> dict | None:
                          first.sub[-256:], first.step[-256:])  # fmt: skip
     expected = reference.matmul_int8(x.float(), probe)
     rows = []
-    for config in matvec_configs(fmt):
+    for config in matvec_configs():
         if time.time() > deadline:
             break
         y = torch.full((1, n), float("nan"), device="cuda", dtype=torch.float32)
