@@ -428,7 +428,9 @@ def check(path: Path) -> tuple[dict[str, list[Skill]], list[Skill]]:
     groups: dict[tuple[str, str, str], tuple[dict, dict]] = defaultdict(lambda: ({}, {}))
     for (candidate, shape), seconds in measured.items():
         predicted, times = groups[candidate.kernel, candidate.case, shape]
-        times[candidate.config], predicted[candidate.config] = seconds, model.seconds(candidate, shape)
+        ours = model.seconds(candidate, shape)
+        if ours is not None:
+            times[candidate.config], predicted[candidate.config] = seconds, ours
     shapes: dict[str, list[Skill]] = defaultdict(list)
     for key, (predicted, times) in groups.items():
         shapes[key[0]].append(Skill.between(" ".join(key), predicted, times))

@@ -127,6 +127,12 @@ def export(
     if backend == "cpu" and target:
         raise G4Error("--target names GPU architectures.", hint="Leave it away, or use --backend cuda.", exit_code=2)
     backend = backend or ("cuda" if target or has_gpu() else "cpu")
+    if backend == "cpu" and (kv != "auto" or vram is not None):
+        raise G4Error(
+            f"{'--kv' if kv != 'auto' else '--vram'} is about GPUs.",
+            hint="Leave it away, or name a --target.",
+            exit_code=2,
+        )
     if verify and backend != "cuda":
         raise G4Error("--verify checks compiled CUDA code.", hint="Leave it away, or name a --target.", exit_code=2)
     if verify and not has_gpu():

@@ -143,7 +143,10 @@ class CheckpointManifest:
         """Read a parsed manifest; `where` names the file in messages."""
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             found = document.get("format") if isinstance(document, dict) else None
-            raise G4Error(f"{where} has format {found!r}; a quantized checkpoint's is {FORMAT!r}.")
+            raise G4Error(
+                f"{where} has format {found!r}; a quantized checkpoint's is {FORMAT!r}.",
+                hint="A bundle is run without --model: g4 run BUNDLE" if found == "g4-bundle" else None,
+            )
         if document.get("version") != VERSION:
             raise G4Error(
                 f"{where} has version {document.get('version')!r}; this g4 reads version {VERSION}.",

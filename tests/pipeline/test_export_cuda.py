@@ -286,6 +286,8 @@ def test_the_exported_graph_gives_the_models_tokens() -> None:
         (["--target", TARGET, "--backend", "cpu"], 2, "--target names GPU architectures", "--backend cuda"),
         (["--target", TARGET, "--vram", "many"], 2, "is not a size of memory", ""),
         (["--verify"], 2, "--verify checks compiled CUDA code", "--target"),
+        (["--kv", "tq4"], 2, "--kv is about GPUs", "--target"),
+        (["--backend", "cpu", "--vram", "8"], 2, "--vram is about GPUs", "--target"),
         (["--target", TARGET, "--verify"], 1, "--verify needs a GPU", "where one is"),
     ],
 )

@@ -113,7 +113,7 @@ class FusedLinear(nn.Module):
 
 
 class CudaCache(nn.Module):
-    """One layer's keys and values in one of KV_FORMATS; sliding layers and layers without K = V are always bf16.
+    """One layer's keys and values in one of KV_FORMATS; sliding layers are always bf16, and only K = V is folded.
 
     Buffers: `k`, `v` as ``AttentionCache`` describes, with their scales when TQ4; `arrived` in a sliding layer, which
     ``ring_attention`` counts in.

@@ -32,7 +32,7 @@ from gemma4cli.quant.pack import pack_weight
 
 _PREFIX = "model."  # of CudaModel within `export.trace.Step`
 _PARTS = ("codes", "high", "sub", "step")
-# Rows of a matrix that a thread packs at a time: their arrays stay in its cache.
+# What a thread packs at a time, at least: as many rows as make whole pages of every part are more.
 _SLAB_WEIGHTS = 1 << 21
 _MAX_THREADS = 8
 _QUEUED_PER_THREAD = 3  # keeps threads busy across the ends of matrices, and bounds memory

@@ -1,7 +1,7 @@
-"""Attention over a ring or flat cache: `g4::decode_attention` and `g4::prefill_attention`.
+"""Attention over a ring or flat cache: `g4::decode_attention`, `g4::decode_attention_int8`, `g4::prefill_attention`.
 
-Both read only what was written: positions are walked from the first the window shows to the last one, whatever the
-allocation. On a CPU both take the reference, so that exported graphs run without a GPU.
+They read only what was written: positions are walked from the first the window shows to the last one, whatever the
+allocation. On a CPU they take the reference, so that exported graphs run without a GPU.
 """
 
 from __future__ import annotations

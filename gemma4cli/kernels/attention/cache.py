@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionCache:
-    """One of four kinds, told apart by what is there (docs/architecture.md, `--kv`).
+    """One of four kinds, told apart by what is there (docs/cuda-export.md, `--kv`).
 
     Attributes:
         k: [H_kv, S, D] keys, or [H_kv, S, R] rotated key dims when `folded`; TQ4: uint8, half as wide.
