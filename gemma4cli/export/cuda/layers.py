@@ -205,7 +205,8 @@ class CudaAttention(nn.Module):
             return self.o_proj.matmul(self._mix(projected, input_pos, cos, sin))
         token = (projected[0], projected[1], projected[-1], self.q_norm.weight, self.k_norm.weight, cos, sin, input_pos)
         if cache.arrived is not None:
-            return self.o_proj.matvec(ring_attention(*token, cache.k, cache.v, cache.arrived, self.eps, self.window))
+            mixed = ring_attention(*token, cache.k, cache.v, cache.arrived, self.eps, self.window)
+            return self.o_proj.matvec(Int8Rows(*mixed))
         q, r = head_rope(*token, cache.k, cache.v, self.eps)
         mixed = attention_kernels.decode_attention_int8(
             q, r if cache.folded else None, cache.k, cache.v, None, None, input_pos, self.window, cache.folded

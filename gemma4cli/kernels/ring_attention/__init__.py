@@ -10,11 +10,12 @@ from torch.library import triton_op, wrap_triton
 
 from gemma4cli.kernels.attention import SMALLEST_DOT, TRITON_DTYPE
 from gemma4cli.kernels.attention.configs import decode_config
-from gemma4cli.kernels.quantized_matmul import Int8Rows, empty_int8_rows, quantize
+from gemma4cli.kernels.quantized_matmul import empty_int8_rows, quantize
 from gemma4cli.kernels.ring_attention import kernel, reference
 from gemma4cli.kernels.targets import current_target
 
 
+@triton_op("g4::ring_attention", mutates_args={"k_cache", "v_cache", "arrived"})
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -29,35 +30,11 @@ def ring_attention(
     arrived: Tensor,
     eps: float,
     window: int,
-) -> Int8Rows:
-    """``reference.ring_attention`` rounded to int8 for ``quantized_matmul.matvec``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference.ring_attention`` rounded to int8 as the activations of the output projection: the parts of ``Int8Rows``.
 
     arrived: int32 [H_kv], zeros, and zeros again afterwards: the programs of a head count themselves in it.
     """
-    return Int8Rows(
-        *ring_attention_op(
-            q, k, v, q_weight, k_weight, cos, sin, position, k_cache, v_cache, arrived, eps, window
-        )
-    )  # fmt: skip
-
-
-@triton_op("g4::ring_attention", mutates_args={"k_cache", "v_cache", "arrived"})
-def ring_attention_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    arrived: Tensor,
-    eps: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the parts of ``Int8Rows``."""
     kv_heads, slots, head_dim = v_cache.shape
     heads = q.shape[1] // head_dim
     config = decode_config(current_target(), head_dim, "plain")
@@ -76,7 +53,7 @@ def ring_attention_op(
     return rows.words, rows.scale, rows.total
 
 
-@ring_attention_op.register_kernel("cpu")
+@ring_attention.register_kernel("cpu")
 def _cpu(
     q: Tensor,
     k: Tensor,
