@@ -67,6 +67,11 @@ class Workspace:
             raise G4Error(
                 f"The workspace {folder} cannot be made: a file is in the way.", hint="Set G4_HOME to another folder."
             ) from None
+        except FileNotFoundError:  # parents are made, too, but not in a file system like /proc
+            raise G4Error(
+                f"The workspace {folder} cannot be made: no folders can be made there.",
+                hint="Set G4_HOME to another folder.",
+            ) from None
         return folder / name
 
     def remember(self, kind: Kind, path: Path, origin: Mapping[str, str] | None = None) -> None:

@@ -202,6 +202,13 @@ def test_damage_is_named(copy: Path, damage: Callable[[Path], None], message: st
         open_checkpoint(copy)
 
 
+def test_a_bundle_in_its_place_is_named_with_what_runs_it(copy: Path) -> None:
+    edit(copy / "g4.json", format="g4-bundle")
+    with pytest.raises(G4Error) as caught:
+        open_checkpoint(copy)
+    assert "g4 run BUNDLE" in str(caught.value.hint)
+
+
 def test_a_flipped_bit_in_a_large_checkpoint_is_found_on_request(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip_bit(shards(copy)[0], -1)
     monkeypatch.setattr(checkpoint, "ALWAYS_VERIFIED_BYTES", 1)

@@ -143,6 +143,11 @@ def test_a_file_in_the_way(workspace: Workspace) -> None:
         workspace.new_path("model", "demo")
 
 
+def test_a_place_where_no_folder_can_be_made() -> None:
+    with pytest.raises(G4Error, match="no folders can be made there"):
+        Workspace(Path("/proc/g4-home")).new_path("model", "demo")
+
+
 def test_what_can_be_run_is_found_under_any_kind_bundles_first(workspace: Workspace, said: list[str]) -> None:
     model, checkpoint = make(workspace, "model", "demo"), make(workspace, "checkpoint", "demo-int4")
     assert workspace.resolve_runnable("demo", said.append) == model
