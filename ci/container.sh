@@ -178,13 +178,13 @@ check_locks() {
 
 # The steps of `make demo`, with the image's g4 instead of an environment made for it.
 check_demo() {
-  local work=$STATE/work
-  rm -rf "$work" && install -d -m 1777 "$work"
+  local shared=$STATE/shared
+  rm -rf "$shared" && install -d -m 1777 "$shared"
   say "make demo in the container"
-  MOUNTS=(--volume "$PWD:/src:ro" --volume "$work:/bundles" --workdir /src --entrypoint make)
+  MOUNTS=(--volume "$PWD:/src:ro" --volume "$shared:/bundles" --workdir /src --entrypoint make)
   expect 0 run full -o setup demo BIN=/opt/g4/bin DEMO=/bundles
   [ "$(tail -1 "$STATE/out")" = Paris ] || fail "the demo in the container says $(tail -1 "$STATE/out")"
-  BUNDLE=$(find "$work/bundles" -mindepth 1 -maxdepth 1 -type d)
+  BUNDLE=$(find "$shared/bundles" -mindepth 1 -maxdepth 1 -type d)
 }
 
 # By default and as anybody else, no file of the image and of what is mounted can be written.
@@ -312,20 +312,20 @@ check_again() {
 
 # Needs no GPU.
 check_cuda() {
-  local outside=$STATE/outside inside=$STATE/work/bundles/cuda
+  local outside=$STATE/outside inside=$STATE/shared/bundles/cuda
   # Where there is torch's build for the CPU, too, uv takes that one for the newer.
   grep -vE "^(extra-index-url|find-links) " "$STATE/uv.toml" > "$STATE/pypi.toml"
   TAG=cuda build full --build-arg VARIANT=cuda --secret "id=uv.toml,src=$STATE/pypi.toml"
   podman images --format '{{.Repository}}:{{.Tag}} {{.Size}}' localhost/g4:cuda >&2
-  MOUNTS=(--volume "$STATE/work:/bundles")
+  MOUNTS=(--volume "$STATE/shared:/bundles")
   expect 0 run cuda --version
   expect 0 run cuda doctor --target sm_90
   say "compiling the demo for sm_90 in the container"
   expect 0 run cuda export --target sm_90 --ctx 1k --output /bundles/bundles/cuda
   say "compiling the demo for sm_90 outside"
-  G4_HOME=$STATE/work-outside expect 0 .venv/bin/g4 pull demo --force
-  G4_HOME=$STATE/work-outside expect 0 .venv/bin/g4 quantize --force
-  G4_HOME=$STATE/work-outside expect 0 .venv/bin/g4 export --target sm_90 --ctx 1k --output "$outside" --force
+  G4_HOME=$STATE/home-outside expect 0 .venv/bin/g4 pull demo --force
+  G4_HOME=$STATE/home-outside expect 0 .venv/bin/g4 quantize --force
+  G4_HOME=$STATE/home-outside expect 0 .venv/bin/g4 export --target sm_90 --ctx 1k --output "$outside" --force
   same_bundle "$outside" "$inside"
 }
 
