@@ -60,8 +60,10 @@ def test_the_document_repeats_the_answer_by_its_seed(document: Document) -> None
     prompt = ["--prompt", "Tell me something.", "--temperature", "3", "--top-k", "0", "--max-new-tokens", "12"]
     first = document(*prompt)
     second = document(*prompt, "--seed", str(first["sampling"]["seed"]))
-    other = document(*prompt, "--seed", str(first["sampling"]["seed"] + 1))
-    assert first["token_ids"] == second["token_ids"] != other["token_ids"]
+    assert first["token_ids"] == second["token_ids"]
+    # One other seed may give the same few tokens by chance.
+    seeds = range(first["sampling"]["seed"] + 1, first["sampling"]["seed"] + 6)
+    assert any(document(*prompt, "--seed", str(seed))["token_ids"] != first["token_ids"] for seed in seeds)
     assert first["sampling"]["top_p"] == json.loads((DEMO / "generation_config.json").read_text())["top_p"]
 
 
