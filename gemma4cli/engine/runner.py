@@ -253,7 +253,15 @@ class RunnerEngine(Engine):
         return event
 
     def _death(self) -> G4Error:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(_CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:  # it closed its output and lives on, where no reply can come from it
+            self._process.kill()
+            self._process.wait()
+            return G4Error(
+                "The runner closed its output without ending, and has been stopped.",
+                hint="Is G4_RUNNER another program? Unset it to use the installed runner.",
+            )
         for thread in self._threads:
             thread.join(_CLOSE_TIMEOUT_S)
         last_words = f": {self._stderr_tail[-1]}" if self._stderr_tail else "."

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma4cli import native
+from gemma4cli.engine import runner
 from gemma4cli.engine.base import GenerationRequest
 from gemma4cli.engine.runner import RunnerEngine
 from gemma4cli.errors import G4Error
@@ -26,10 +27,10 @@ def fake_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Return a function that makes a shell script stand where the runner is looked for."""
 
     def install(script: str) -> None:
-        runner = tmp_path / "runner.sh"
-        runner.write_text(f"#!/bin/sh\n{script}\n")
-        runner.chmod(0o755)
-        monkeypatch.setenv("G4_RUNNER", str(runner))
+        program = tmp_path / "runner.sh"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("G4_RUNNER", str(program))
 
     return install
 
@@ -49,6 +50,19 @@ def test_a_runner_that_ends_early_is_reported_with_its_last_words(fake_runner: I
     fake_runner("echo first >&2; echo 'lib.so: cannot open' >&2; exit 127")
     with pytest.raises(G4Error, match=r"exit status 127: lib\.so: cannot open$"):
         start()
+
+
+def test_a_runner_that_closes_its_output_and_lives_on_is_stopped(
+    fake_runner: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for its exit status waited forever."""
+    monkeypatch.setattr(runner, "_CLOSE_TIMEOUT_S", 0.2)
+    fake_runner("exec sleep 60 > /dev/null")
+    began = time.monotonic()
+    with pytest.raises(G4Error, match="closed its output without ending") as caught:
+        start()
+    assert "G4_RUNNER" in (caught.value.hint or "")
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(("name", "hint"), [("KILL", "memory"), ("SEGV", "G4_RUNNER_LOG")])
@@ -148,7 +162,7 @@ def test_a_request_whose_last_reply_was_swallowed_by_ctrl_c_ends(
 ) -> None:
     """Ctrl-C between taking the last reply and looking at it left g4 waiting for another, forever."""
     done = '{"event":"done","id":0,"finish_reason":"length"}'
-    fake_runner(f"echo '{READY}'; read request; echo '{done}'; exec cat > /dev/null")
+    fake_runner(f"echo '{READY}'; read request; echo '{done}'; read cancel; read quit")
     engine = start()
     next_event = engine._next_event
 
