@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemma4cli.export.cuda.layers import KV_FORMATS
-from gemma4cli.export.cuda.model import CudaModel, Signature, fill
+from gemma4cli.export.cuda.model import CudaModel, Signature
+from gemma4cli.export.packed import fill
 from gemma4cli.files import write_json
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.model.tokenizer import Tokenizer

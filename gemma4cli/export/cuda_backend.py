@@ -12,8 +12,9 @@ from gemma4cli.export.bundle import KVRecord, MemoryRecord, program_file
 from gemma4cli.export.cuda.compile import compiled_libraries
 from gemma4cli.export.cuda.layers import KV_FORMATS
 from gemma4cli.export.cuda.model import Signature
-from gemma4cli.export.cuda.weights import WeightEntry, planned_bytes, weight_entries, write_weights
+from gemma4cli.export.cuda.weights import planned_bytes, weight_entries, write_weights
 from gemma4cli.export.export import BackendPlan, Built, ExportRequest
+from gemma4cli.export.weights import WeightEntry
 from gemma4cli.files import format_bytes
 from gemma4cli.kernels.targets import DEFAULT_TARGETS, context_bytes, get_target, target_for_capability
 from gemma4cli.model.config import FULL, SLIDING, Gemma4Config

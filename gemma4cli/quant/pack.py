@@ -1,4 +1,4 @@
-"""Quantized matrices of a checkpoint in the layout that the GPU kernels read. Codes never change on the way.
+"""Quantized matrices of a checkpoint in the layout that the kernels read. Codes never change on the way.
 
 What a matrix was made by (min-max, HQQ, a GGUF type) no longer matters afterwards. Scales that already have two levels
 (GGUF's K-quants) are taken as they are; any other scale is re-encoded on a step per 256 weights, an error of at most
@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma4cli.errors import G4Error
 from gemma4cli.kernels.quantized_matmul.format import (
     STEP_WIDTH,
+    NotPackable,
     PackedWeight,
     WeightFormat,
     check_columns,
@@ -29,7 +29,7 @@ def pack_weight(tensor: Tensor, name: str, has_min: bool | None = None) -> Packe
     """Pack a quantized matrix [N, K], or some rows of one.
 
     Args: has_min: the whole matrix's, from ``packed_format``, when these are only rows of it.
-    Raises: G4Error naming the tensor when the kernels have no form for it.
+    Raises: NotPackable naming the tensor when the kernels have no form for it.
     """
     if has_min is None:
         has_min = _has_min(tensor)
@@ -42,7 +42,7 @@ def pack_weight(tensor: Tensor, name: str, has_min: bool | None = None) -> Packe
         return _with_affine_levels(tensor, scale, zero_point, 4, 0, has_min)
     if isinstance(tensor, IntxUnpackedToInt8Tensor):
         return _pack_intx(tensor, name, has_min)
-    raise G4Error(
+    raise NotPackable(
         f"{name} is not quantized, and the GPU kernels multiply quantized weights only.",
         hint="Quantize the checkpoint with a recipe that covers every linear layer, e.g. g4 quantize --recipe default.",
     )
@@ -86,11 +86,6 @@ def _pack_intx(tensor: IntxUnpackedToInt8Tensor, name: str, has_min: bool) -> Pa
     bits = int(str(tensor.target_dtype).removeprefix("torch.int"))
     scale, zero_point = (_per_group(p, tensor.shape[1], name) for p in (tensor.scale, tensor.zero_point))
     if bits == 8:
-        if has_min:
-            raise G4Error(
-                f"{name} has 8-bit codes with a zero point, which the GPU kernels do not have.",
-                hint="Use a symmetric 8-bit rule in the recipe.",
-            )
         return _with_affine_levels(tensor, scale, zero_point, 8, 0, has_min)
     target, centre = (4, 8) if bits <= 4 else (6, 32)
     return _with_affine_levels(tensor, scale, zero_point + centre, target, centre, has_min)
@@ -120,8 +115,8 @@ def _per_group(parameter: Tensor, columns: int, name: str) -> Tensor:
     """Spread per-group parameters [N, G] over groups of 32: float32 [N, K / 32]."""
     width, rest = divmod(columns, parameter.shape[1])
     if rest or width % _GROUP:
-        raise G4Error(
-            f"{name} is quantized in groups of {width}, and the GPU kernels need a multiple of {_GROUP}.",
+        raise NotPackable(
+            f"{name} is quantized in groups of {width}, and the kernels need a multiple of {_GROUP}.",
             hint=f"Use group_size = {_GROUP} in the recipe.",
         )
     spread = parameter.float()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench.kv_formats import STEP, compare, logits
-from gemma4cli.export.cuda.model import CudaModel, Signature, fill
+from gemma4cli.export.cuda.model import CudaModel, Signature
+from gemma4cli.export.packed import fill
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.model.tokenizer import Tokenizer
 from gemma4cli.quant.checkpoint import Checkpoint, open_checkpoint

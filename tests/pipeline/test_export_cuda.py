@@ -22,7 +22,8 @@ from gemma4cli.export.bundle import open_bundle
 from gemma4cli.export.contract import METHODS
 from gemma4cli.export.cuda import toolchain
 from gemma4cli.export.cuda.compile import _compile_apart
-from gemma4cli.export.cuda.model import CudaModel, Signature, fill
+from gemma4cli.export.cuda.model import CudaModel, Signature
+from gemma4cli.export.packed import fill
 from gemma4cli.export.trace import Step, trace_method
 from gemma4cli.inspection.delegates import CUDA, read_blob
 from gemma4cli.inspection.elf import Elf

@@ -9,7 +9,8 @@ import torch
 
 from gemma4cli.errors import G4Error
 from gemma4cli.export.cuda.layers import KV_FORMATS, FusedLinear
-from gemma4cli.export.cuda.model import CudaModel, Signature, fill
+from gemma4cli.export.cuda.model import CudaModel, Signature
+from gemma4cli.export.packed import fill
 from gemma4cli.kernels.quantized_matmul.format import WeightFormat, dequantize, pack
 from gemma4cli.model.gemma4 import Gemma4
 from gemma4cli.model.kv_cache import CacheSpec

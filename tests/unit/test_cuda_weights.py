@@ -24,11 +24,11 @@ from torch import nn
 from gemma4cli import bulk_file
 from gemma4cli.bulk_file import PAGE
 from gemma4cli.errors import G4Error
-from gemma4cli.export.cuda import weights
-from gemma4cli.export.cuda.layers import PackedMatrix
-from gemma4cli.export.cuda.model import CudaModel, Signature, fill
+from gemma4cli.export import weights
+from gemma4cli.export.cuda.model import CudaModel, Signature
 from gemma4cli.export.cuda.weights import planned_bytes, state_bytes, weight_entries, write_weights
 from gemma4cli.export.flat_tensor import ALIGNMENT, DataTensor, lay_out, writing
+from gemma4cli.export.packed import PackedMatrix, fill
 from gemma4cli.export.trace import Step
 from gemma4cli.kernels.quantized_matmul.format import WeightFormat
 from gemma4cli.model.kv_cache import CacheSpec

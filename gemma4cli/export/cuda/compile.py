@@ -36,7 +36,7 @@ from gemma4cli.progress import SILENT, Progress
 _PACKAGE = Path(gemma4cli.__file__).parent
 # The code that decides what a program is.
 _SOURCES = (
-    *("kernels/*/*.py", "model/*.py", "export/contract.py", "export/trace.py"),
+    *("kernels/*/*.py", "model/*.py", "export/contract.py", "export/packed.py", "export/trace.py"),
     *(f"kernels/{name}.py" for name in ("__init__", "compile", "dependent_launch", "targets")),
     *(f"export/cuda/{name}.py" for name in ("fake_gpu", "launch", "layers", "lower", "model", "toolchain")),
 )

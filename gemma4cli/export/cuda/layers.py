@@ -1,7 +1,7 @@
 """Gemma 4's parts as the CUDA backend computes them: packed weights, fused projections, caches in four formats.
 
 Every module here holds buffers only, of shapes that follow from the signature (config, weight formats, context, KV
-format): the program can be compiled before a single weight is read, and ``put_*`` fills the buffers afterwards.
+format): the program can be compiled before a single weight is read.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gemma4cli.export.packed import PackedMatrix
 from gemma4cli.kernels import attention as attention_kernels
 from gemma4cli.kernels.attention import reference, turboquant
 from gemma4cli.kernels.attention.cache import AttentionCache
 from gemma4cli.kernels.gated_gelu import gated_gelu
 from gemma4cli.kernels.head_rope import head_rope
 from gemma4cli.kernels.quantized_matmul import Int8Rows, quantized_matmul, quantized_matvec
-from gemma4cli.kernels.quantized_matmul.format import STEP_WIDTH, PackedWeight, WeightFormat, dequantize
+from gemma4cli.kernels.quantized_matmul.format import PackedWeight, WeightFormat, dequantize
 from gemma4cli.kernels.ring_attention import ring_attention
 from gemma4cli.model.config import Gemma4Config, LayerConfig
 from gemma4cli.model.kv_cache import CacheSpec
@@ -29,24 +30,8 @@ KV_FORMATS = ("bf16", "folded", "tq4", "folded-tq4")  # from the most exact to t
 _ROTATION_SEED = 0x6734
 
 
-class PackedMatrix(nn.Module):
-    """A packed weight [N, K] as buffers: `codes`, `high` (6-bit only), `sub`, `step`."""
-
-    def __init__(self, fmt: WeightFormat, rows: int, columns: int) -> None:
-        super().__init__()
-        self.format, self.rows, self.columns = fmt, rows, columns
-        levels = (2,) if fmt.has_min else ()
-        self.register_buffer("codes", torch.empty(rows, columns // (4 if fmt.bits == 8 else 8), dtype=torch.int32))
-        self.register_buffer("high", torch.empty(rows, columns // 16, dtype=torch.int32) if fmt.bits == 6 else None)
-        self.register_buffer("sub", torch.empty(rows, columns // fmt.group_size, *levels, dtype=torch.int8))
-        self.register_buffer("step", torch.empty(rows, -(-columns // STEP_WIDTH), *levels, dtype=torch.float16))
-
-    def put(self, weight: PackedWeight, row: int) -> None:
-        """Copy packed rows in; the first goes to `row`."""
-        for name in ("codes", "high", "sub", "step"):
-            part = getattr(weight, name)
-            if part is not None:
-                getattr(self, name)[row : row + part.shape[0]] = part
+class CudaMatrix(PackedMatrix):
+    """A packed weight [N, K] that the GPU kernels multiply by."""
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [T, K] times the matrix transposed: [T, N]."""
@@ -90,7 +75,7 @@ class FusedLinear(nn.Module):
             previous = fmt
         starts = {matrix: formats[index] for index, (matrix, row) in enumerate(self.place.values()) if row == 0}
         for matrix, size in enumerate(sizes):
-            self.matrices.append(PackedMatrix(starts[matrix], size, columns))
+            self.matrices.append(CudaMatrix(starts[matrix], size, columns))
 
     def put(self, name: str, weight: PackedWeight) -> None:
         """Fill the projection `name`."""
@@ -188,7 +173,7 @@ class CudaAttention(nn.Module):
         names = ["q_proj", "k_proj"] + ([] if layer.k_eq_v else ["v_proj"])
         rows = [q_rows] + [kv_rows] * (len(names) - 1)
         self.qkv_proj = FusedLinear(names, [formats[name] for name in names], rows, config.hidden_size)
-        self.o_proj = PackedMatrix(formats["o_proj"], config.hidden_size, q_rows)
+        self.o_proj = CudaMatrix(formats["o_proj"], config.hidden_size, q_rows)
         self.q_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
         self.kv_cache = CudaCache(layer, cache, kv_format)
@@ -244,7 +229,7 @@ class CudaMLP(nn.Module):
         super().__init__()
         names, width = ["gate_proj", "up_proj"], config.intermediate_size
         self.gate_up_proj = FusedLinear(names, [formats[name] for name in names], [width, width], config.hidden_size)
-        self.down_proj = PackedMatrix(formats["down_proj"], config.hidden_size, width)
+        self.down_proj = CudaMatrix(formats["down_proj"], config.hidden_size, width)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x)

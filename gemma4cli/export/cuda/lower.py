@@ -38,9 +38,10 @@ from gemma4cli.export.cuda.compile import Library
 from gemma4cli.export.cuda.fake_gpu import fake_gpu
 from gemma4cli.export.cuda.launch import dependent_launches
 from gemma4cli.export.cuda.model import CudaModel, Signature
-from gemma4cli.export.cuda.weights import WeightEntry, weight_entries
+from gemma4cli.export.cuda.weights import weight_entries
 from gemma4cli.export.quiet import quiet
 from gemma4cli.export.trace import Step, trace_method, trace_methods
+from gemma4cli.export.weights import WeightEntry
 from gemma4cli.kernels.compile import KernelUsage
 from gemma4cli.kernels.sampling import sample_cuda
 from gemma4cli.kernels.targets import Target, compiling_for

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma4cli.errors import G4Error
-from gemma4cli.export.cuda.layers import KV_FORMATS, CudaAttention, CudaMLP, PackedMatrix, TurboQuant
+from gemma4cli.export.cuda.layers import KV_FORMATS, CudaAttention, CudaMatrix, CudaMLP, TurboQuant
 from gemma4cli.kernels.quantized_matmul import Int8Rows
 from gemma4cli.kernels.quantized_matmul.format import WeightFormat
 from gemma4cli.kernels.residual_norm import residual_norm
@@ -25,15 +25,11 @@ from gemma4cli.model.config import Gemma4Config, LayerConfig
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.model.layers import RMSNorm
 from gemma4cli.model.rope import RotaryEmbedding
-from gemma4cli.progress import SILENT, Progress
 from gemma4cli.quant.checkpoint import Checkpoint
-from gemma4cli.quant.pack import pack_weight, packed_format
-from gemma4cli.quant.tensors import is_quantized
+from gemma4cli.quant.pack import packed_format
 
 _EMBEDDING = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
-# Rows of a matrix that are packed at a time: bounds the memory beside the packed result.
-_SLAB_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,12 @@ class Signature:
             name for name in checkpoint.names() if name in (_EMBEDDING, _LM_HEAD) or name.endswith("_proj.weight")
         ]
         formats = {name: packed_format(checkpoint.tensor(name), name) for name in matrices}
+        for name, fmt in formats.items():
+            if fmt.bits == 8 and fmt.has_min:
+                raise G4Error(
+                    f"{name} has 8-bit codes with a zero point, which the GPU kernels do not have.",
+                    hint="Use a symmetric 8-bit rule in the recipe.",
+                )
         return cls(checkpoint.config, formats, cache, kv_format)
 
     def to_json(self) -> dict[str, Any]:
@@ -140,9 +142,9 @@ class CudaModel(nn.Module):
         self.constants = nn.Module()  # not at the root: torch.export mistakes root buffers for arguments
         scale = torch.tensor(config.hidden_size**0.5).to(dtype)
         self.constants.register_buffer("embed_scale", scale.to(torch.get_default_device()))
-        self.embed_tokens = PackedMatrix(signature.formats[_EMBEDDING], config.vocab_size, config.hidden_size)
+        self.embed_tokens = CudaMatrix(signature.formats[_EMBEDDING], config.vocab_size, config.hidden_size)
         head = signature.formats.get(_LM_HEAD)
-        self.lm_head = PackedMatrix(head, config.vocab_size, config.hidden_size) if head else None
+        self.lm_head = CudaMatrix(head, config.vocab_size, config.hidden_size) if head else None
         self.rotary_emb = nn.ModuleDict({layer.kind: RotaryEmbedding(layer) for layer in layers})
         sizes = {size for layer in layers for size in self._quantized_sizes(layer, signature.kv_format)}
         self.turboquant = TurboQuant(sorted(sizes)) if sizes else None
@@ -182,18 +184,8 @@ class CudaModel(nn.Module):
             x, rows = layer.decode(x, rows, input_pos, *angles[layer.kind], next_norm)
         return rows
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Fill what the checkpoint tensor `name` goes to, packing it slab by slab if it is a matrix."""
-        place, part = self.place_of(name)
-        if not isinstance(place, PackedMatrix):
-            getattr(place, part).data.copy_(tensor)
-            return
-        first = int(part)
-        for row in range(0, tensor.shape[0], _SLAB_ROWS):
-            place.put(pack_weight(tensor[row : row + _SLAB_ROWS], name, place.format.has_min), first + row)
-
     def place_of(self, name: str) -> tuple[nn.Module, str]:
-        """Return the module and attribute of a plain tensor, or the matrix and first row of a projection."""
+        """See ``PackedModel``."""
         if name == _EMBEDDING:
             return self.embed_tokens, "0"
         if name == _LM_HEAD:
@@ -208,13 +200,3 @@ class CudaModel(nn.Module):
         if leaf in ("o_proj", "down_proj"):
             return self.get_submodule(path), "0"
         return (self.get_submodule(path), "weight") if name.endswith(".weight") else (self.get_submodule(parent), leaf)
-
-
-def fill(model: CudaModel, checkpoint: Checkpoint, progress: Progress = SILENT) -> CudaModel:
-    """Stream every tensor of the checkpoint into the model, one at a time; returns the model."""
-    with progress.phase("pack", checkpoint.nbytes) as task:
-        for name, tensor in checkpoint.stream():
-            model.put(name, tensor)
-            parts = [getattr(tensor, part) for part in tensor.tensor_data_names] if is_quantized(tensor) else [tensor]
-            task.advance(sum(part.numel() * part.element_size() for part in parts), name)
-    return model

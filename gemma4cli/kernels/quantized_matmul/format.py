@@ -1,6 +1,6 @@
-"""The weight layout that the matmul kernels read: low-bit codes with two levels of scales.
+"""The weight layout that the kernels for matrix products read: low-bit codes with two levels of scales.
 
-One family for every input, so that min-max, HQQ and GGUF codes arrive on the GPU as they are:
+One family for every input and for CPU and GPU, so that min-max, HQQ and GGUF codes arrive there as they are:
 
     value[n, k] = step_scale[n, k // 256] * sub_scale[n, k // group] * (code[n, k] - zero)
                 - step_min[n, k // 256] * sub_min[n, k // group]
@@ -12,6 +12,7 @@ One family for every input, so that min-max, HQQ and GGUF codes arrive on the GP
 | 6    | 0..63     | 32   | 16    | no              | 6.5625            | Q6_K                                     |
 | 6    | 0..63     | 0    | 32    | yes             | 6.625             | Q5_K, Q5_1 (Q5_0 through its minimum)    |
 | 8    | -128..127 | 0    | 32    | no              | 8.3125            | Q8_0, int8 per row (one scale repeated)  |
+| 8    | -128..127 | 0    | 32    | yes             | 8.625             | asymmetric int8; on the CPU only         |
 
 Layout, chosen for the reader: a warp reads whole 32-bit words of one row, and a 64-wide block of K is 8 code words
 whose low nibbles are its first 32 weights and whose high nibbles are its last 32 (the order of GGUF's Q4_K, so packing
@@ -37,6 +38,10 @@ from gemma4cli.errors import G4Error
 
 STEP_WIDTH = 256  # weights that share one pair of float16 steps
 _SUB_LIMIT = 127
+
+
+class NotPackable(G4Error):
+    """Raised when a matrix has no form in this layout."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def pack(code: Tensor, scale: Tensor, minimum: Tensor | None, bits: int, group_s
         scale: [N, K // group_size] float; may be negative.
         minimum: [N, K // group_size] float: value = scale * code - minimum; None for value = scale * (code - zero).
     Raises:
-        G4Error: when K does not divide.
+        NotPackable: when K does not divide.
     """
     return assemble(code, *encode_levels(scale, minimum, group_size), bits, group_size)
 
@@ -97,7 +102,7 @@ def assemble(code: Tensor, sub: Tensor, step: Tensor, bits: int, group_size: int
         sub: int8 [N, K // group_size] or, with a minimum, [N, K // group_size, 2].
         step: float16 [N, ceil(K / 256)] or [N, ceil(K / 256), 2].
     Raises:
-        G4Error: when K does not divide.
+        NotPackable: when K does not divide.
     """
     n, k = code.shape
     check_columns(k, bits, group_size)
@@ -114,11 +119,11 @@ def assemble(code: Tensor, sub: Tensor, step: Tensor, bits: int, group_size: int
 def check_columns(columns: int, bits: int, group_size: int) -> None:
     """Refuse in_features that the layout cannot hold.
 
-    Raises: G4Error with the number that must divide it.
+    Raises: NotPackable with the number that must divide it.
     """
     block = 128 if bits == 6 else 64
     if columns % block or columns % group_size:
-        raise G4Error(f"A {bits}-bit weight needs in_features that are a multiple of {block}, got {columns}.")
+        raise NotPackable(f"A {bits}-bit weight needs in_features that are a multiple of {block}, got {columns}.")
 
 
 def _pack_high(code: Tensor) -> Tensor:
