@@ -15,7 +15,7 @@ from gemma4cli.inspection.gpus import GPUS, Gpu
 from gemma4cli.inspection.library import Kernel
 from gemma4cli.inspection.predict import GpuCheck, device_of, interesting_lengths, memory_model
 from gemma4cli.inspection.program import Method, Value
-from gemma4cli.inspection.weights import list_state, list_weights
+from gemma4cli.inspection.weights import join_packed, list_state, list_weights
 
 Document = dict[str, Any]
 
@@ -227,8 +227,8 @@ def _kernel(kernel: Kernel) -> Document:
 
 
 def weights(artifact: Artifact) -> Document:
-    """Every tensor that is stored."""
-    listed = list_weights(artifact)
+    """Every tensor that is stored; a packed matrix is one."""
+    listed = join_packed(list_weights(artifact))
     return {
         "total_bytes": sum(weight.nbytes for weight in listed),
         "weights": [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from gemma4cli.inspection.artifact import Artifact, DelegatePart
 from gemma4cli.inspection.files import Span
@@ -25,6 +25,7 @@ _ROLES = tuple(
         ("head", r"lm_head|(?:^|\.)(?:head|output)\."),
     )
 )
+_PACKED_PARTS = ("codes", "high", "sub", "step")
 ROLES = ("embedding", "attention", "mlp", "norm", "head", "positions", "constants", "other")
 
 
@@ -103,6 +104,36 @@ def list_weights(artifact: Artifact) -> list[Weight]:
             found.setdefault(key, weight)
     weights = [weight for weight in found.values() if not is_state(weight.name)]
     return sorted(weights, key=lambda w: (w.file, w.place.offset if w.place else -1))
+
+
+def join_packed(weights: Iterable[Weight]) -> list[Weight]:
+    """Show each packed matrix (`codes`, `high`, `sub`, `step`) as one tensor, where its codes were."""
+    groups: dict[str, dict[str, Weight]] = {}
+    for weight in weights:
+        prefix, _, part = weight.name.rpartition(".")
+        groups.setdefault(prefix, {})[part] = weight
+    joined = []
+    for prefix, group in groups.items():
+        matrix = _packed_matrix(prefix, group)
+        if matrix:
+            joined.append(matrix)
+        joined.extend(weight for part, weight in group.items() if not (matrix and part in _PACKED_PARTS))
+    return joined
+
+
+def _packed_matrix(name: str, group: Mapping[str, Weight]) -> Weight | None:
+    """Put parts together if they are a matrix as in `kernels/quantized_matmul/format.py`; shapes tell the format."""
+    parts = [group[part] for part in _PACKED_PARTS if part in group]
+    codes, sub = group.get("codes"), group.get("sub")
+    if not (codes and codes.shape and sub and sub.shape and "step" in group) or len(codes.shape) != 2:
+        return None
+    rows, words = codes.shape
+    # A word has four codes of 8 bits, which are in groups of 32 always, or eight of 4, with 2 more bits beside or not.
+    bits = 6 if "high" in group else 8 if 4 * words == 32 * sub.shape[1] else 4
+    columns = words * (4 if bits == 8 else 8)
+    minimum = " min" if len(sub.shape) == 3 else ""
+    kind = f"int{bits} g{columns // max(1, sub.shape[1])}{minimum}"
+    return replace(codes, name=name, format=kind, shape=(rows, columns), nbytes=sum(part.nbytes for part in parts))
 
 
 def _add_constant(artifact: Artifact, tensor: Tensor, found: dict[str, Weight]) -> None:

@@ -39,13 +39,13 @@ def test_the_demo_bundle(g4: G4) -> None:
     full = bundle.manifest.kv["full"]
     assert document["state"]["bytes_per_token"] == full.bytes // full.slots
     assert document["state"]["fixed_bytes"] == bundle.manifest.kv["sliding"].bytes
-    stored = (bundle.path / "weights.ptd").stat().st_size
-    assert 0.97 * stored < document["weights"]["total_bytes"] <= stored
+    assert document["weights"]["total_bytes"] == bundle.manifest.memory.weight_bytes
     formats = {w["name"]: w["format"] for w in document["weights"]["weights"]}
-    assert formats["model.layers.0.self_attn.q_proj.weight0"] == "int4 g32"
+    assert formats["model.layers.0.self_attn.q_proj"] == "int4 g32 min"
+    assert formats["model.embed_tokens"] == "int8 g32"
     assert None not in formats.values(), "every tensor's format is known"
     assert {w["layer"] for w in document["weights"]["weights"]} == {None, *range(12)}
-    assert document["delegates"]["outside"]["decode"]["g4::attention.out"] == 12
+    assert document["delegates"]["outside"]["decode"]["g4::cpu_attention.out"] == 12
     now = document["memory"]["now"]
     assert abs(now["total"] - bundle.manifest.memory.total_bytes) < 0.03 * now["total"]
 

@@ -31,7 +31,10 @@ KINDS = {
     schema.IntList: "int list", schema.DoubleList: "double list", schema.BoolList: "bool list",
     schema.TensorList: "tensor list", schema.OptionalTensorList: "optional tensor list", schema.Tensor: "tensor",
 }  # fmt: skip
-DTYPES = {ScalarType.LONG: "int64", ScalarType.FLOAT: "float32", ScalarType.CHAR: "int8", ScalarType.BOOL: "bool"}
+DTYPES = {
+    ScalarType.LONG: "int64", ScalarType.FLOAT: "float32", ScalarType.CHAR: "int8", ScalarType.BOOL: "bool",
+    ScalarType.INT: "int32", ScalarType.HALF: "float16",
+}  # fmt: skip
 
 
 def everything() -> bytes:
