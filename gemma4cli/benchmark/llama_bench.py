@@ -125,4 +125,4 @@ def parse_rival(text: str) -> Path:
     name, found, path = text.partition("=")
     if name != "llama-bench" or not found or not path:
         raise G4Error(f"{text!r} is not a program to compare with.", hint="Write --vs llama-bench=PATH.", exit_code=2)
-    return Path(path).expanduser()
+    return Path(path).expanduser().absolute()  # a bare name would be looked for on the PATH

@@ -89,6 +89,8 @@ def test_what_cannot_work_is_refused_beforehand(tmp_path: Path, gguf: Path) -> N
 
 def test_the_option_names_the_program_and_its_path() -> None:
     assert parse_rival("llama-bench=/opt/llama-bench") == Path("/opt/llama-bench")
+    # Without its folder a program is looked for on the PATH, and `./` is dropped from a path.
+    assert parse_rival("llama-bench=./llama-bench") == Path.cwd() / "llama-bench"
     for text in ("llama-bench", "llama-bench=", "vllm=/x", "/opt/llama-bench"):
         with pytest.raises(G4Error, match="is not a program to compare with") as caught:
             parse_rival(text)
