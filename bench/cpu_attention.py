@@ -1,4 +1,4 @@
-"""What `g4::attention` saves on the CPU: ms per step against matmul + softmax, in caches of 4k and 32k slots.
+"""What `g4::cpu_attention` saves on the CPU: ms per step against matmul + softmax, in caches of 4k and 32k slots.
 
     python bench/cpu_attention.py --out bench/results/cpu-attention.json
 
@@ -40,7 +40,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, window: 
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [1, H_kv, G * T, D]
     bias = torch.where(torch.arange(k.shape[2])[None, :] <= input_pos[:, None], 0.0, float("-inf"))
     scores = grouped @ k.transpose(2, 3) + bias.repeat(q.shape[1] // k.shape[1], 1)
-    return (torch.softmax(scores, -1) @ v).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    return (torch.softmax(scores, -1) @ v).unflatten(2, (-1, q.shape[2])).flatten(1, 2).transpose(1, 2)
 
 
 class Step(nn.Module):
@@ -112,13 +112,13 @@ def main() -> None:
     rows = []
     for slots in ALLOCATED:
         for name, attend, xnnpack in (
-            ("g4::attention", attention, False),
+            ("g4::cpu_attention", attention, False),
             ("plain", plain_attention, False),
             ("plain xnnpack", plain_attention, True),
         ):
             rows.append(measure(name, attend, slots, 512, 1, xnnpack=xnnpack))
-    rows.append(measure("g4::attention", attention, 32768, 3968, 1, xnnpack=False))
-    rows.append(measure("g4::attention", attention, 4096, 512, 64, xnnpack=False))
+    rows.append(measure("g4::cpu_attention", attention, 32768, 3968, 1, xnnpack=False))
+    rows.append(measure("g4::cpu_attention", attention, 4096, 512, 64, xnnpack=False))
     rows.append(measure("plain", plain_attention, 4096, 512, 64, xnnpack=False))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     document = {

@@ -22,6 +22,7 @@ namespace {
 using executorch::extension::FlatTensorDataMap;
 using executorch::extension::MmapDataLoader;
 using executorch::extension::merged_data_map::MergedDataMap;
+using executorch::runtime::DataLoader;
 using executorch::runtime::Error;
 using executorch::runtime::MethodMeta;
 using executorch::runtime::NamedDataMap;
@@ -30,6 +31,7 @@ using executorch::runtime::Span;
 
 namespace fs = std::filesystem;
 
+constexpr const char* kMethods[] = {kPrefill, kDecode};
 constexpr const char* kFetchAgain = "The bundle is damaged or incomplete; export it again: g4 export --force";
 
 std::unique_ptr<MmapDataLoader> open_file(const fs::path& path) {
@@ -80,8 +82,7 @@ void Engine::load_program(const std::string& folder) {
 
   std::vector<const NamedDataMap*> maps;
   for (const fs::path& file : weight_files(folder)) {
-    loaders_.push_back(open_file(file));
-    auto map = FlatTensorDataMap::load(loaders_.back().get());
+    auto map = FlatTensorDataMap::load(open_weights(file));
     if (!map.ok()) {
       throw RunnerError(file.string() + " is not a valid weight file (" + explain(map.error()) + ").", kFetchAgain);
     }
@@ -96,6 +97,20 @@ void Engine::load_program(const std::string& folder) {
   if (!data_.empty()) weights_ = data_.back().get();
 }
 
+DataLoader* Engine::open_weights(const std::string& path) {
+  const bool delegates = std::any_of(std::begin(kMethods), std::end(kMethods), [this](const char* name) {
+    const auto meta = program_->method_meta(name);
+    return meta.ok() && meta->num_backends() > 0;
+  });
+  if (!delegates) {  // operators read weights in place, as long as the program lives
+    mapped_.push_back(std::make_unique<MappedFile>(path));
+    return mapped_.back()->loader();
+  }
+  // A delegate takes every weight once, to the device or repacked; what it has taken need not stay mapped.
+  loaders_.push_back(open_file(path));
+  return loaders_.back().get();
+}
+
 std::vector<int64_t> Engine::read_constant(const char* name) const {
   const auto meta = program_->method_meta(name);
   if (!meta.ok() || meta->num_inputs() != 0 || meta->num_outputs() != 1) return {};
@@ -106,7 +121,7 @@ std::vector<int64_t> Engine::read_constant(const char* name) const {
 }
 
 void Engine::load_backends() {
-  for (const char* name : {kPrefill, kDecode}) {
+  for (const char* name : kMethods) {
     const MethodMeta meta = program_->method_meta(name).get();
     for (size_t i = 0; i < meta.num_backends(); ++i) {
       const std::string backend = meta.get_backend_name(i).get();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "contract.h"
+#include "mapped_file.h"
 #include "memory.h"
 
 #include <executorch/runtime/core/data_loader.h>
@@ -60,11 +61,13 @@ class Engine {
 
  private:
   void load_program(const std::string& folder);
+  executorch::runtime::DataLoader* open_weights(const std::string& path);
   void load_backends();
   void load_methods();
   std::vector<int64_t> read_constant(const char* method) const;
 
   std::vector<std::unique_ptr<executorch::runtime::DataLoader>> loaders_;
+  std::vector<std::unique_ptr<MappedFile>> mapped_;
   std::vector<std::unique_ptr<executorch::runtime::NamedDataMap>> data_;
   const executorch::runtime::NamedDataMap* weights_ = nullptr;
   std::optional<executorch::runtime::Program> program_;

@@ -101,7 +101,7 @@ def export(
         ),
     ] = None,
     low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="Keep converted weights on disk while exporting; slower.")
+        bool, typer.Option("--low-memory", help="What every export does: weights pass through memory piece by piece.")
     ] = False,
     verify: Annotated[
         bool,
@@ -153,7 +153,7 @@ def export(
     find_backend(backend)
     checkpoints, progress = workspace.folder("checkpoint"), console.progress()
     conversion = None
-    if source.is_file() and backend != "cuda":  # weights for CUDA are packed straight from the file
+    if source.is_file() and first is not None:  # weights that are quantized already are packed straight from the file
         source, conversion = _converted(source, checkpoints, progress, plan_only=dry_run, quantize=first is not None)
     spec = ExportSpec(
         source,
@@ -161,7 +161,6 @@ def export(
         backend,
         ctx,
         chunk,
-        low_memory,
         force,
         targets=tuple(target.split(",")) if target else (),
         kv=kv,

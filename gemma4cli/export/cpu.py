@@ -1,184 +1,219 @@
-"""The model as the CPU backend computes it: Gemma 4 made of `cpu_ops`, filled from any checkpoint.
+"""The model as the CPU backend computes it: Gemma 4 on packed weights and our own operators, float32 throughout.
 
-`build_cpu_model` gives an eager module that computes what the exported program computes, up to the order of float32
-additions. It is what is traced, and what the program is compared with.
+`CpuModel` has the shapes that follow from config and weight formats alone; it is what is traced. Filled from a
+checkpoint (`build_cpu_model`) it is the eager model that an exported program is compared with: the operators have
+their arithmetic in PyTorch, and in C++ in `runner/ops`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  (defines embedding_byte)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gemma4cli.export import cpu_ops
-from gemma4cli.export.cpu_linear import Change, CpuLinear, Stored, constant, prepare_linear
+from gemma4cli.export.packed import PackedMatrix, fill
+from gemma4cli.kernels import cpu_elementwise
 from gemma4cli.kernels.cpu_attention import attention
+from gemma4cli.kernels.cpu_linear import embedding, linear, linear_float
+from gemma4cli.kernels.quantized_matmul.format import NotPackable, WeightFormat
 from gemma4cli.model.config import Gemma4Config, LayerConfig
 from gemma4cli.model.kv_cache import CacheSpec, KVCache
 from gemma4cli.model.rope import RotaryEmbedding
 from gemma4cli.progress import SILENT, Progress
 from gemma4cli.quant.checkpoint import Checkpoint
-from gemma4cli.quant.tensors import is_quantized
+from gemma4cli.quant.pack import packed_format
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
 
-@dataclass
-class _Weights:
-    """Reads tensors by name, brings them into the CPU's forms, and remembers which of them changed."""
+@dataclass(frozen=True)
+class CpuSignature:
+    """What a CPU program depends on apart from its context.
 
-    reader: Checkpoint
-    progress: Progress
-    changes: dict[str, Change] = field(default_factory=dict)
+    Attributes:
+        formats: how every matrix is stored, by its canonical name; None for float32. `lm_head.weight` only when it is
+            not the embedding.
+        embed_scale: what embeddings are multiplied by: sqrt(hidden_size), rounded as in `model.layers.ScaledEmbedding`.
+    """
 
-    def plain(self, name: str) -> Tensor:
-        return self.reader.tensor(name).to(torch.float32)
+    config: Gemma4Config
+    formats: Mapping[str, WeightFormat | None]
+    embed_scale: float
 
-    def linear(self, name: str, source: str | None = None) -> CpuLinear:
-        layer, change = prepare_linear(self.reader.tensor(source or name))
-        if change is not None:
-            self.changes[name] = change
-            error = f"{change.relative_error:.3%}"
-            self.progress.note(f"{name}: the CPU has no {change.stored}; it becomes {change.becomes}, error {error}.")
-        return layer
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> CpuSignature:
+        """Read the formats from a checkpoint. A matrix that no packed format holds exactly becomes float32."""
+        config = checkpoint.config
+        names = [n for n in checkpoint.names() if n in (EMBEDDING, LM_HEAD) or n.endswith("_proj.weight")]
+        formats = {name: _format_of(checkpoint.tensor(name), name) for name in names}
+        dtype = checkpoint.tensor(EMBEDDING).dtype
+        embed_scale = torch.tensor(config.hidden_size**0.5, device="cpu").to(dtype)
+        return cls(config, formats, float(embed_scale))
+
+
+def _format_of(tensor: Tensor, name: str) -> WeightFormat | None:
+    try:
+        return packed_format(tensor, name)
+    except NotPackable:
+        return None
+
+
+class CpuMatrix(PackedMatrix):
+    """A packed weight [N, K]: ``forward(x [1, T, K]) -> [1, T, N]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.codes, self.high, self.sub, self.step)
+
+    def rows_of(self, tokens: Tensor, factor: float) -> Tensor:
+        """Return the rows ``tokens [1, T]`` times `factor`: [1, T, K]."""
+        return embedding(tokens, self.codes, self.high, self.sub, self.step, factor)
+
+
+class FloatMatrix(nn.Module):
+    """A float32 weight [N, K], used like ``CpuMatrix``."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(rows, columns))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_float(x, self.weight)
+
+    def rows_of(self, tokens: Tensor, factor: float) -> Tensor:
+        return F.embedding(tokens, self.weight) * factor
+
+
+def _matrix(fmt: WeightFormat | None, rows: int, columns: int) -> CpuMatrix | FloatMatrix:
+    return FloatMatrix(rows, columns) if fmt is None else CpuMatrix(fmt, rows, columns)
 
 
 class CpuNorm(nn.Module):
     """RMS norm with a weight."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = constant(weight)
+        self.register_buffer("weight", torch.empty(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return cpu_ops.rms_norm(x, self.weight, self.eps)
+        return cpu_elementwise.rms_norm(x, self.weight, self.eps)
 
-
-class CpuEmbedding(nn.Module):
-    """Token embeddings, float32 or up to 8 bits with any groups, times sqrt(hidden_size).
-
-    The factor is rounded to the dtype of the checkpoint's embedding, as in `model.layers.ScaledEmbedding`.
-    """
-
-    def __init__(self, table: Tensor, config: Gemma4Config) -> None:
-        super().__init__()
-        factor = torch.tensor(config.hidden_size**0.5, dtype=table.dtype if table.dtype.is_floating_point else None)
-        self.factor = constant(factor.float())
-        self.is_quantized = is_quantized(table)
-        if self.is_quantized:
-            stored = Stored.of(table)
-            self.codes = constant(stored.codes().to(torch.int8))
-            self.scale = constant(stored.scale)
-            self.zero_point = constant(stored.zero_point if stored.may_have_offset(0) else None)
-        else:
-            self.table = constant(table.to(torch.float32))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if not self.is_quantized:
-            return F.embedding(tokens, self.table) * self.factor
-        rows = torch.ops.quantized_decomposed.embedding_byte(self.codes, self.scale, self.zero_point, -128, 127, tokens)
-        return rows * self.factor
+    def add(self, x: Tensor, residual: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Return (residual + norm of x) * scale."""
+        return cpu_elementwise.norm_add(x, self.weight, self.eps, residual, scale)
 
 
 class CpuAttention(nn.Module):
     """`model.layers.Attention` in the CPU's operators."""
 
-    def __init__(
-        self, weights: _Weights, prefix: str, config: Gemma4Config, layer: LayerConfig, cache: CacheSpec
-    ) -> None:
+    def __init__(self, signature: CpuSignature, prefix: str, layer: LayerConfig, cache: CacheSpec) -> None:
         super().__init__()
-        self.head_dim, self.window, self.eps = layer.head_dim, layer.window, config.rms_norm_eps
-        self.q_proj = weights.linear(f"{prefix}.q_proj.weight")
-        self.k_proj = weights.linear(f"{prefix}.k_proj.weight")
-        self.v_proj = None if layer.k_eq_v else weights.linear(f"{prefix}.v_proj.weight")
-        self.o_proj = weights.linear(f"{prefix}.o_proj.weight")
-        self.q_norm = CpuNorm(weights.plain(f"{prefix}.q_norm.weight"), self.eps)
-        self.k_norm = CpuNorm(weights.plain(f"{prefix}.k_norm.weight"), self.eps)
+        config = signature.config
+        self.heads, self.kv_heads = config.num_attention_heads, layer.num_key_value_heads
+        self.window, self.eps = layer.window, config.rms_norm_eps
+
+        def projection(name: str, rows: int, columns: int) -> CpuMatrix | FloatMatrix:
+            return _matrix(signature.formats[f"{prefix}.{name}.weight"], rows, columns)
+
+        q_rows, kv_rows = self.heads * layer.head_dim, self.kv_heads * layer.head_dim
+        self.q_proj = projection("q_proj", q_rows, config.hidden_size)
+        self.k_proj = projection("k_proj", kv_rows, config.hidden_size)
+        self.v_proj = None if layer.k_eq_v else projection("v_proj", kv_rows, config.hidden_size)
+        self.o_proj = projection("o_proj", config.hidden_size, q_rows)
+        self.q_norm = CpuNorm(layer.head_dim, self.eps)
+        self.k_norm = CpuNorm(layer.head_dim, self.eps)
         self.kv_cache = KVCache(layer, cache)
 
     def forward(self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = (*x.shape[:-1], -1, self.head_dim)  # [1, T, H, D]
-        q = cpu_ops.rope(self.q_norm(self.q_proj(x).view(heads)), cos, sin)
-        raw_k = self.k_proj(x).view(heads)
-        raw_v = raw_k if self.v_proj is None else self.v_proj(x).view(heads)
-        k = cpu_ops.rope(self.k_norm(raw_k), cos, sin)
-        v = cpu_ops.rms_norm(raw_v, None, self.eps)
-        keys, values = self.kv_cache.update(input_pos, k.transpose(1, 2), v.transpose(1, 2))
-        mixed = attention(q.transpose(1, 2), keys, values, input_pos, self.window)
-        return self.o_proj(mixed.transpose(1, 2).reshape(*x.shape[:-1], -1))
+        """x [1, T, hidden] to the same."""
+        raw_k = self.k_proj(x)
+        raw_v = raw_k if self.v_proj is None else self.v_proj(x)
+        q = cpu_elementwise.head_rope(self.q_proj(x), self.q_norm.weight, self.eps, cos, sin, self.heads)
+        k = cpu_elementwise.head_rope(raw_k, self.k_norm.weight, self.eps, cos, sin, self.kv_heads)
+        v = cpu_elementwise.head_rope(raw_v, None, self.eps, None, None, self.kv_heads)
+        keys, values = self.kv_cache.update(input_pos, k, v)
+        return self.o_proj(attention(q, keys, values, input_pos, self.window).flatten(2))
+
+
+class CpuMLP(nn.Module):
+    """`model.layers.MLP` in the CPU's operators."""
+
+    def __init__(self, signature: CpuSignature, prefix: str) -> None:
+        super().__init__()
+        hidden, width = signature.config.hidden_size, signature.config.intermediate_size
+        self.gate_proj = _matrix(signature.formats[f"{prefix}.gate_proj.weight"], width, hidden)
+        self.up_proj = _matrix(signature.formats[f"{prefix}.up_proj.weight"], width, hidden)
+        self.down_proj = _matrix(signature.formats[f"{prefix}.down_proj.weight"], hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(cpu_elementwise.gelu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class CpuLayer(nn.Module):
     """`model.layers.DecoderLayer` in the CPU's operators."""
 
-    def __init__(
-        self, weights: _Weights, prefix: str, config: Gemma4Config, layer: LayerConfig, cache: CacheSpec
-    ) -> None:
+    layer_scalar: Tensor
+
+    def __init__(self, signature: CpuSignature, index: int, layer: LayerConfig, cache: CacheSpec) -> None:
         super().__init__()
-
-        def norm(name: str) -> CpuNorm:
-            return CpuNorm(weights.plain(f"{prefix}.{name}.weight"), config.rms_norm_eps)
-
+        config, prefix = signature.config, f"model.layers.{index}"
         self.kind = layer.kind
-        self.self_attn = CpuAttention(weights, f"{prefix}.self_attn", config, layer, cache)
-        self.gate_proj = weights.linear(f"{prefix}.mlp.gate_proj.weight")
-        self.up_proj = weights.linear(f"{prefix}.mlp.up_proj.weight")
-        self.down_proj = weights.linear(f"{prefix}.mlp.down_proj.weight")
-        self.input_layernorm = norm("input_layernorm")
-        self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm")
-        self.post_feedforward_layernorm = norm("post_feedforward_layernorm")
-        self.layer_scalar = constant(weights.plain(f"{prefix}.layer_scalar"))
+        self.self_attn = CpuAttention(signature, f"{prefix}.self_attn", layer, cache)
+        self.mlp = CpuMLP(signature, f"{prefix}.mlp")
+        self.input_layernorm = CpuNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = CpuNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = CpuNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = CpuNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("layer_scalar", torch.empty(1))
 
     def forward(self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), input_pos, cos, sin))
-        h = self.pre_feedforward_layernorm(x)
-        h = self.down_proj(cpu_ops.gelu_mul(self.gate_proj(h), self.up_proj(h)))
-        return (x + self.post_feedforward_layernorm(h)) * self.layer_scalar
+        mixed = self.self_attn(self.input_layernorm(x), input_pos, cos, sin)
+        x = self.post_attention_layernorm.add(mixed, x)
+        made = self.mlp(self.pre_feedforward_layernorm(x))
+        return self.post_feedforward_layernorm.add(made, x, self.layer_scalar)
 
 
-class CpuGemma4(nn.Module):
-    """`model.gemma4.Gemma4` in the CPU's operators: the same arguments and results, float32 throughout.
+class CpuModel(nn.Module):
+    """`model.gemma4.Gemma4` in the CPU's operators: the same arguments and results, float32 throughout."""
 
-    changes: by name, the matrices that are not exactly the checkpoint's.
-    """
-
-    def __init__(self, weights: _Weights, config: Gemma4Config, cache: CacheSpec) -> None:
+    def __init__(self, signature: CpuSignature, cache: CacheSpec) -> None:
         super().__init__()
+        config = signature.config
         cache.check(config)
-        self.config, self.cache, self.changes = config, cache, weights.changes
+        self.config, self.signature, self.cache = config, signature, cache
         layers = [config.layer(index) for index in range(config.num_hidden_layers)]
-        self.embed_tokens = CpuEmbedding(weights.reader.tensor(EMBEDDING), config)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = _matrix(signature.formats[EMBEDDING], *shape)
+        self.lm_head = _matrix(signature.formats[LM_HEAD], *shape) if LM_HEAD in signature.formats else None
         self.rotary_emb = nn.ModuleDict({layer.kind: RotaryEmbedding(layer) for layer in layers})
-        self.layers = nn.ModuleList()
-        with weights.progress.phase("load layers", len(layers), "layers") as task:
-            for index, layer in enumerate(layers):
-                self.layers.append(CpuLayer(weights, f"model.layers.{index}", config, layer, cache))
-                task.advance(1)
-        self.norm = CpuNorm(weights.plain("model.norm.weight"), config.rms_norm_eps)
-        tied = LM_HEAD not in weights.reader.names()
-        self.lm_head = weights.linear(LM_HEAD, EMBEDDING if tied else LM_HEAD)
+        self.layers = nn.ModuleList(CpuLayer(signature, index, layer, cache) for index, layer in enumerate(layers))
+        self.norm = CpuNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, last_only: bool = True) -> Tensor:
         angles = {kind: rotary(input_pos) for kind, rotary in self.rotary_emb.items()}
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens.rows_of(tokens, self.signature.embed_scale)
         for layer in self.layers:
             x = layer(x, input_pos, *angles[layer.kind])
         if last_only:
             x = x[:, -1:]
-        logits = self.lm_head(self.norm(x))
+        logits = (self.lm_head or self.embed_tokens)(self.norm(x))
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else cpu_ops.softcap(logits, cap)
+        return logits if cap is None else cpu_elementwise.softcap(logits, cap)
+
+    def place_of(self, name: str) -> tuple[nn.Module, str]:
+        """See ``PackedModel``."""
+        path, _, leaf = name.removeprefix("model.").rpartition(".")
+        place = self.get_submodule(path)
+        return place, "0" if isinstance(place, PackedMatrix) else leaf
 
 
 def build_cpu_model(
     reader: Checkpoint, context_length: int, prefill_chunk: int, progress: Progress = SILENT
-) -> CpuGemma4:
-    """Build the eager model that the CPU backend exports. Its caches are float32."""
+) -> CpuModel:
+    """Build the eager model that the CPU backend exports, with its weights. Its caches are float32."""
     cache = CacheSpec(context_length, prefill_chunk, torch.float32)
-    return CpuGemma4(_Weights(reader, progress), reader.config, cache).eval().requires_grad_(False)
+    return fill(CpuModel(CpuSignature.of(reader), cache), reader, progress).eval().requires_grad_(False)

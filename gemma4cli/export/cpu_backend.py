@@ -1,73 +1,66 @@
-"""The CPU backend: XNNPACK for everything between two attention calls, g4's kernels for attention and sampling."""
+"""The CPU backend: a program of our own operators, and the packed weights that it reads from where they lie."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gemma4cli.errors import G4Error
 from gemma4cli.export.bundle import PROGRAM_FILE, KVRecord, MemoryRecord, ReencodedRecord
 from gemma4cli.export.contract import Contract
-from gemma4cli.export.cpu import EMBEDDING, LM_HEAD, build_cpu_model
-from gemma4cli.export.cpu_linear import Stored, planned_bytes
-from gemma4cli.export.cpu_lower import WEIGHTS_FILE, lower, write
+from gemma4cli.export.cpu import CpuModel, CpuSignature
+from gemma4cli.export.cpu_lower import WEIGHTS_FILE, lower
 from gemma4cli.export.export import BackendPlan, Built, ExportRequest
 from gemma4cli.export.trace import Step, trace_methods
+from gemma4cli.export.weights import WeightEntry, entries_of, layout_of, write_packed
 from gemma4cli.kernels.cpu_sampling import sample
 from gemma4cli.model.config import FULL, SLIDING, Gemma4Config
+from gemma4cli.model.kv_cache import CacheSpec, KVCache
 from gemma4cli.progress import Progress
+from gemma4cli.quant.checkpoint import Checkpoint
+from gemma4cli.quant.gguf.checkpoint import GGUFCheckpoint
 from gemma4cli.quant.tensors import is_quantized
+from gemma4cli.quant.torchao_types import Int4Tensor
 
 TARGETS = ("cpu",)
 DEFAULT_CHUNK = 256
 KV_FORMAT = "float32"
 
 # Program bytes of one layer of one method, and of everything else; measured, they hardly depend on sizes.
-_PROGRAM_BYTES_PER_LAYER = 18 << 10
-_PROGRAM_BYTES_ELSE = 16 << 10
-# Python with torch and ExecuTorch, tracing and lowering included; measured.
-_LIBRARIES_BYTES = 480 << 20
+_PROGRAM_BYTES_PER_LAYER = 6 << 10
+_PROGRAM_BYTES_ELSE = 12 << 10
+# Python with torch and ExecuTorch, tracing, and a few pieces of weights; measured: 0.8 GB for four layers of the 31B.
+_PEAK_BYTES = 900 << 20
 
 
 def plan(request: ExportRequest) -> BackendPlan:
-    """Estimate files and memory from shapes and scales; no codes are read."""
-    weight_bytes = _weight_bytes(request)
+    """Estimate files and memory from shapes; of each matrix one row is read."""
     config, contract = request.reader.config, request.contract
+    entries = _entries(_model(request, "meta"))
     program_bytes = _PROGRAM_BYTES_ELSE + 2 * config.num_hidden_layers * _PROGRAM_BYTES_PER_LAYER
-    # The prepared model, and its weights as bytes of the file to be written unless those are on disk.
-    copies = 1 if request.low_memory else 2
-    kv_bytes = sum(record.bytes for record in kv_records(config, contract).values())
-    return BackendPlan(
-        {PROGRAM_FILE: program_bytes, WEIGHTS_FILE: sum(weight_bytes.values())},
-        _LIBRARIES_BYTES + copies * sum(weight_bytes.values()) + kv_bytes,
-        _memory(config, contract, sum(weight_bytes.values())),
-    )
+    files = {PROGRAM_FILE: program_bytes, WEIGHTS_FILE: layout_of(entries).written_bytes}
+    return BackendPlan(files, _PEAK_BYTES, _memory(config, contract, entries))
 
 
 def build(request: ExportRequest, folder: Path, progress: Progress) -> Built:
-    """Load, trace, lower and write."""
+    """Trace and lower a model without weights; then pack the weights."""
     contract, config = request.contract, request.reader.config
-    model = build_cpu_model(request.reader, contract.context_length, contract.prefill_chunk, progress)
-    with progress.phase("trace and lower", 3, "steps") as task, _scratch(folder, request.low_memory) as scratch:
+    model = _model(request, "cpu")
+    with progress.phase("trace and lower", 2, "steps") as task:
         programs = trace_methods(Step(model, sample), contract.prefill_chunk)
         task.advance(1, "lower")
-        program = lower(programs, contract, scratch)
-        task.advance(1, "write")
-        write(program, folder)
+        program = lower(programs, contract)
+        with open(folder / PROGRAM_FILE, "wb") as file:
+            program.write_to_file(file)
         task.advance(1)
-    return Built(
-        TARGETS,
-        kv_records(config, contract),
-        _memory(config, contract, (folder / WEIGHTS_FILE).stat().st_size),
-        {name: ReencodedRecord(**asdict(change)) for name, change in model.changes.items()},
-    )
+    angles = [(f"rotary_emb.{kind}.inv_freq", rotary.inv_freq) for kind, rotary in model.rotary_emb.items()]
+    entries = _entries(model)
+    write_packed(folder / WEIGHTS_FILE, model, entries, angles, request.reader, progress)
+    reencoded = _reencoded(_rows_of(request.reader), model.signature)
+    return Built(TARGETS, kv_records(config, contract), _memory(config, contract, entries), reencoded)
 
 
 def verify(request: ExportRequest, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -75,13 +68,39 @@ def verify(request: ExportRequest, folder: Path, progress: Progress) -> dict[str
     raise G4Error("--verify runs compiled CUDA code; this bundle is for the CPU.", hint="Leave --verify away.")
 
 
-@contextlib.contextmanager
-def _scratch(folder: Path, wanted: bool) -> Iterator[Path | None]:
-    if not wanted:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        yield Path(scratch)
+def _model(request: ExportRequest, device: str) -> CpuModel:
+    """Build the model without weights: nothing touches the memory of its buffers."""
+    cache = CacheSpec(request.contract.context_length, request.contract.prefill_chunk, torch.float32)
+    signature = CpuSignature.of(_rows_of(request.reader))
+    with torch.device(device):
+        return CpuModel(signature, cache).eval().requires_grad_(False)
+
+
+def _rows_of(reader: Checkpoint) -> Checkpoint:
+    """Return what tells the formats without converting whole matrices of a GGUF file."""
+    return reader.first_rows() if isinstance(reader, GGUFCheckpoint) else reader
+
+
+def _reencoded(reader: Checkpoint, signature: CpuSignature) -> dict[str, ReencodedRecord]:
+    """List the quantized matrices that no packed format holds: float32 holds their values, in more bytes."""
+    tensors = {name: reader.tensor(name) for name, fmt in signature.formats.items() if fmt is None}
+    return {
+        name: ReencodedRecord(_describe(tensor), "float32", 0.0)
+        for name, tensor in tensors.items()
+        if is_quantized(tensor)
+    }
+
+
+def _describe(tensor: Tensor) -> str:
+    bits = 4 if isinstance(tensor, Int4Tensor) else int(str(tensor.target_dtype).removeprefix("torch.int"))
+    group = tensor.block_size[-1]
+    return f"int{bits} {'per row' if group == tensor.shape[1] else f'g{group}'}"
+
+
+def _entries(model: CpuModel) -> list[WeightEntry]:
+    """List what the program looks up; the runtime makes the caches itself."""
+    entries = entries_of(model, lambda fqn: fqn, lambda module: isinstance(module, KVCache))
+    return [entry for entry in entries if not entry.is_state]
 
 
 def kv_records(config: Gemma4Config, contract: Contract) -> dict[str, KVRecord]:
@@ -95,33 +114,9 @@ def kv_records(config: Gemma4Config, contract: Contract) -> dict[str, KVRecord]:
     return records
 
 
-def _weight_bytes(request: ExportRequest) -> dict[str, int]:
-    """Bytes that each tensor will take in the weights file."""
-    reader = request.reader
-    names = reader.names()
-    sizes = {}
-    for name, shape in reader.config.parameter_shapes().items():
-        if name == EMBEDDING:
-            sizes[name] = _embedding_bytes(reader.tensor(name))
-        elif name != LM_HEAD:
-            sizes[name] = planned_bytes(reader.tensor(name)) if len(shape) == 2 else 4 * math.prod(shape)
-    head = reader.tensor(LM_HEAD if LM_HEAD in names else EMBEDDING)
-    sizes[LM_HEAD] = planned_bytes(head)
-    if LM_HEAD not in names and sizes[LM_HEAD] == sizes[EMBEDDING]:
-        sizes[LM_HEAD] = 0  # the same bytes, stored once
-    return sizes
-
-
-def _embedding_bytes(table: Tensor) -> int:
-    if not is_quantized(table):
-        return 4 * table.numel()
-    stored = Stored.of(table)
-    parameters = 2 if stored.may_have_offset(0) else 1
-    return table.shape[0] * table.shape[1] + 4 * parameters * stored.scale.numel()
-
-
-def _memory(config: Gemma4Config, contract: Contract, weight_bytes: int) -> MemoryRecord:
+def _memory(config: Gemma4Config, contract: Contract, entries: list[WeightEntry]) -> MemoryRecord:
     widest = max(config.layer(i).head_dim * config.num_attention_heads for i in range(config.num_hidden_layers))
     activations = 6 * config.hidden_size + 4 * config.intermediate_size + 4 * widest
     kv_bytes = sum(record.bytes for record in kv_records(config, contract).values())
+    weight_bytes = sum(entry.nbytes for entry in entries)
     return MemoryRecord(weight_bytes, kv_bytes, 4 * (contract.prefill_chunk * activations + 2 * config.vocab_size))

@@ -1,44 +1,33 @@
-"""Turn the traced CPU model into an ExecuTorch program: `model.pte` (code) and `weights.ptd` (every constant)."""
+"""Turn the traced CPU model into an ExecuTorch program that names its weights; they are written apart from it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, ExecutorchProgramManager, to_edge
 from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite
 from executorch.exir.passes import MemoryPlanningPass
-from executorch.exir.passes.remove_unused_parameters_pass import remove_unused_parameters_pass
 from executorch.exir.tensor import TensorSpec
+from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 
-from gemma4cli.export.bundle import PROGRAM_FILE
-from gemma4cli.export.contract import DECODE, Contract
+from gemma4cli.export.contract import Contract
 from gemma4cli.export.quiet import quiet
-from gemma4cli.export.xnnpack import delegate
-from gemma4cli.export.xnnpack_graph import WeightData
 
 WEIGHTS_FILE = "weights.ptd"
-_TAG = WEIGHTS_FILE.removesuffix(".ptd")
 
 
-def lower(
-    programs: Mapping[str, ExportedProgram], contract: Contract, scratch: Path | None = None
-) -> ExecutorchProgramManager:
-    """Lower both methods together, so that they share their caches and weights.
+def lower(programs: Mapping[str, ExportedProgram], contract: Contract) -> ExecutorchProgramManager:
+    """Lower both methods together, so that they share their caches.
 
-    scratch: an existing folder where converted weights wait on disk until the program is written and released.
+    Every constant is looked up in a `.ptd` by its name in the program when the program is loaded; what the constants
+    hold here goes nowhere.
     """
-    weights = WeightData(_TAG, scratch)
     with quiet():
-        methods = {}
-        for name, program in programs.items():
-            delegate(program, 1 if name == DECODE else contract.prefill_chunk, weights)
-            methods[name] = remove_unused_parameters_pass(program)
         edge = to_edge(
-            methods,
+            dict(programs),
             constant_methods={
                 name: torch.tensor(value) if isinstance(value, list) else value
                 for name, value in contract.constant_methods().items()
@@ -52,16 +41,26 @@ def lower(
                 # Without it a write to a cache copies the whole cache, twice.
                 run_reinplace_pass=True,
                 emit_mutable_buffer_names=True,
-                external_constants=lambda node: _TAG,
+                external_constants=_name_only,
             )
         )
 
 
-def write(program: ExecutorchProgramManager, folder: Path) -> None:
-    """Write the two files."""
-    with open(folder / PROGRAM_FILE, "wb") as file:
-        program.write_to_file(file)
-    program.write_tensor_data_to_file(str(folder))
+class _WrittenApart(TensorSpec):
+    """A constant of which the emitter takes nothing but type and shape; it would copy and hash every byte."""
+
+    @property
+    def allocated_memory(self) -> int:
+        return 0
+
+    def nbytes(self) -> int:
+        return 0
+
+
+def _name_only(node: fx.Node) -> str:
+    """Mark a constant as one of the data file's, and return the file's tag."""
+    node.meta["spec"].__class__ = _WrittenApart
+    return WEIGHTS_FILE.removesuffix(".ptd")
 
 
 def _plan_activations(

@@ -50,7 +50,6 @@ class ExportSpec:
     """One export. `context_length` None means the model's maximum, but no more than 4,096.
 
     prefill_chunk: the most tokens of one `prefill` call; None leaves it to the backend, or less in a shorter context.
-    low_memory: keep converted weights on disk while exporting, at the price of time. CUDA exports always do.
     targets: GPU architectures; none means that of the GPU at hand, else all.
     kv: the format of the full layers' caches, or "auto": the most exact that fits into `vram` bytes.
     programs: where compiled programs are kept for the next export.
@@ -62,7 +61,6 @@ class ExportSpec:
     backend: str = "cpu"
     context_length: int | None = None
     prefill_chunk: int | None = None
-    low_memory: bool = False
     force: bool = False
     targets: tuple[str, ...] = ()
     kv: str = "auto"
@@ -77,7 +75,6 @@ class ExportRequest:
 
     reader: Checkpoint
     contract: Contract
-    low_memory: bool
     targets: tuple[str, ...] = ()
     kv: str = "auto"
     vram: int | None = None
@@ -234,7 +231,7 @@ def _export(
 
 def _request(spec: ExportSpec, reader: Checkpoint, files: Path) -> ExportRequest:
     contract = make_contract(reader.config, GenerationDefaults.from_dir(files), spec)
-    return ExportRequest(reader, contract, spec.low_memory, spec.targets, spec.kv, spec.vram, spec.programs)
+    return ExportRequest(reader, contract, spec.targets, spec.kv, spec.vram, spec.programs)
 
 
 def find_backend(name: str) -> Backend:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemma4cli.quant.recipe import QuantSpec
 
-# The smallest normal bfloat16: XNNPACK refuses a scale of zero or below this, and a group of zeros needs some scale.
+# The smallest normal bfloat16: a group of zeros needs some scale, and one that is not 0 can be divided by.
 SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
 
 

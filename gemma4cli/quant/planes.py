@@ -1,4 +1,4 @@
-"""Codes of a checkpoint regrouped into the words of the GPU layout (kernels/quantized_matmul/format.py).
+"""Codes of a checkpoint regrouped into the words of the packed layout (kernels/quantized_matmul/format.py).
 
 The same as unpacking to one code per element and ``format.assemble``, several times faster: whole runs of bytes are
 moved, and eight bytes are worked on at a time.

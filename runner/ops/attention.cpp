@@ -1,73 +1,29 @@
-// g4::attention.out(q, k_cache, v_cache, input_pos, window, *, out): attention over a ring or flat cache whose cost follows
+// g4::cpu_attention.out(q, k_cache, v_cache, input_pos, window, *, out): attention over a ring or flat cache whose cost follows
 // the positions that a query sees and not the slots that are allocated. Python's side is gemma4cli/kernels/cpu_attention.
 #include "attention_kernel.h"
+#include "instruction_set.h"
 #include "operators.h"
-
-#include <executorch/runtime/core/exec_aten/util/tensor_util.h>
-#include <executorch/runtime/kernel/kernel_runtime_context.h>
-#include <executorch/runtime/kernel/thread_parallel_interface.h>
+#include "support.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstring>
 #include <memory>
 
 namespace g4 {
 namespace {
 
-using executorch::aten::ScalarType;
-using executorch::aten::Tensor;
-using executorch::runtime::Error;
-using executorch::runtime::KernelRuntimeContext;
-
 // Below this many multiply-adds, waking the thread pool costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 16;
 
-struct NamedKernel {
-  const char* name;
-  const AttentionKernel* kernel;
-  bool runs_here;
-};
-
-// Best first.
-const NamedKernel* kernels() {
-#if defined(__x86_64__)
-  static const NamedKernel list[] = {
-      {"avx512", &kAttentionAvx512, __builtin_cpu_supports("avx512f") != 0},
-      {"avx2", &kAttentionAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-      {"portable", &kAttentionPortable, true},
-      {nullptr, nullptr, false},
-  };
-#else
-  static const NamedKernel list[] = {{"portable", &kAttentionPortable, true}, {nullptr, nullptr, false}};
-#endif
-  return list;
-}
-
-const AttentionKernel* select_kernel(const char* name) {
-  for (const NamedKernel* entry = kernels(); entry->name != nullptr; ++entry) {
-    if (entry->runs_here && (name == nullptr || std::strcmp(entry->name, name) == 0)) return entry->kernel;
-  }
-  return nullptr;
-}
-
-std::atomic<const AttentionKernel*> selected{nullptr};
-
-const AttentionKernel& selected_kernel() {
-  if (selected.load() == nullptr) selected = select_kernel(nullptr);
-  return *selected.load();
-}
+const AttentionKernel* const kKernels[] = G4_VARIANTS(kAttention);
 
 bool is_cache_of(const Tensor& q, const Tensor& cache) {
-  return cache.dim() == 4 && cache.scalar_type() == ScalarType::Float && cache.size(0) == 1 && cache.size(1) > 0 &&
-         cache.size(2) > 0 && cache.size(3) == q.size(3) && q.size(1) % cache.size(1) == 0 &&
-         executorch::runtime::tensor_is_default_dim_order(cache);
+  return cache.dim() == 4 && is_float(cache) && cache.size(0) == 1 && cache.size(1) > 0 && cache.size(2) > 0 &&
+         cache.size(3) == q.size(3) && q.size(1) % cache.size(1) == 0;
 }
 
 // The whole signature of the operator, so that a program built for another one fails and does not read past a tensor.
 bool arguments_fit(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions, int64_t window) {
-  return q.dim() == 4 && q.scalar_type() == ScalarType::Float && q.size(0) == 1 && q.size(2) > 0 &&
-         executorch::runtime::tensor_is_default_dim_order(q) && is_cache_of(q, k) && is_cache_of(q, v) &&
+  return q.dim() == 4 && is_float(q) && q.size(0) == 1 && q.size(2) > 0 && is_cache_of(q, k) && is_cache_of(q, v) &&
          k.size(1) == v.size(1) && k.size(2) == v.size(2) && positions.dim() == 1 &&
          positions.scalar_type() == ScalarType::Long && positions.size(0) == q.size(2) && window >= 0;
 }
@@ -96,14 +52,6 @@ struct Block {
     return problem.kv_heads * ((problem.rows() + kRowBlock - 1) / kRowBlock);
   }
 };
-
-void run(int64_t count, bool serial, executorch::runtime::FunctionRef<void(int64_t, int64_t)> work) {
-  if (serial) {
-    work(0, count);
-  } else {
-    executorch::extension::parallel_for(0, count, 1, work);
-  }
-}
 
 // Enough blocks for every thread: each block walks its splits one after the other.
 void attend_by_block(const AttentionKernel& kernel, const AttentionProblem& problem, bool serial) {
@@ -148,7 +96,7 @@ void attend_by_split(const AttentionKernel& kernel, const AttentionProblem& prob
 }
 
 void attend(const AttentionProblem& problem) {
-  const AttentionKernel& kernel = selected_kernel();
+  const AttentionKernel& kernel = *kKernels[instruction_set()];
   const int64_t blocks = Block::count(problem);
   int64_t splits = 1;
   for (int64_t index = 0; index < (problem.rows() + kRowBlock - 1) / kRowBlock; ++index) {
@@ -168,14 +116,10 @@ void attend(const AttentionProblem& problem) {
 Tensor& attention_out(KernelRuntimeContext& context, const Tensor& q, const Tensor& k, const Tensor& v,
                       const Tensor& input_pos, int64_t window, Tensor& out) {
   if (!arguments_fit(q, k, v, input_pos, window)) {
-    ET_LOG(Error, "g4::attention was called with tensors that do not fit together");
-    context.fail(Error::InvalidArgument);
-    return out;
+    return refuse(context, out, "g4::cpu_attention was called with tensors that do not fit together");
   }
-  if (executorch::runtime::resize_tensor(out, q.sizes()) != Error::Ok || out.scalar_type() != ScalarType::Float) {
-    ET_LOG(Error, "g4::attention was called with an output of another shape or type than its queries");
-    context.fail(Error::InvalidArgument);
-    return out;
+  if (!make_room(out, {1, q.size(2), q.size(1), q.size(3)})) {
+    return refuse(context, out, "g4::cpu_attention was called with an output of another shape or type than its result");
   }
   const int64_t* positions = input_pos.const_data_ptr<int64_t>();
   const AttentionProblem problem{
@@ -183,9 +127,7 @@ Tensor& attention_out(KernelRuntimeContext& context, const Tensor& q, const Tens
       out.mutable_data_ptr<float>(), positions, q.size(1), k.size(1), q.size(2), q.size(3), k.size(2), window,
       positions[q.size(2) - 1]};
   if (!positions_ascend(problem)) {
-    ET_LOG(Error, "g4::attention needs positions that start at 0 or later and never decrease");
-    context.fail(Error::InvalidArgument);
-    return out;
+    return refuse(context, out, "g4::cpu_attention needs positions that start at 0 or later and never decrease");
   }
   attend(problem);
   return out;
@@ -199,11 +141,3 @@ void attention_out_boxed(KernelRuntimeContext& context, Arguments arguments) {
 }
 
 }  // namespace g4
-
-// For tests and measurements: use one instruction set ("avx512", "avx2", "portable"; null chooses the best again).
-// Returns 0, and changes nothing, when this machine lacks it.
-extern "C" __attribute__((visibility("default"))) int g4_select_attention_kernel(const char* name) {
-  const g4::AttentionKernel* const kernel = g4::select_kernel(name);
-  if (kernel != nullptr) g4::selected = kernel;
-  return kernel != nullptr;
-}

@@ -1,7 +1,6 @@
-// Compiled once per instruction set with G4_KERNEL (the name of the table) and G4_LANES (floats per vector) defined.
-// Everything here has internal linkage and nothing from the standard library is instantiated: a function shared between
-// the copies could be taken from the one whose instructions this machine lacks.
+// Compiled once per instruction set: see vectors.h.
 #include "attention_kernel.h"
+#include "vectors.h"
 
 #include <math.h>
 #include <string.h>
@@ -9,54 +8,14 @@
 namespace g4 {
 namespace {
 
-constexpr int kLanes = G4_LANES;
 static_assert(kKeyBlock % kLanes == 0, "the block of scores is a whole number of vectors");
-
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t VecInt __attribute__((vector_size(kLanes * sizeof(int32_t))));
-inline Vec load(const float* p) {
-  Vec x;
-  memcpy(&x, p, sizeof(x));
-  return x;
-}
-
-inline void store(float* p, Vec x) { memcpy(p, &x, sizeof(x)); }
-
-// The sums of kCount vectors at once: halves are added pairwise until every lane is the sum of one vector.
-template <int kWidth, int kCount>
-inline void horizontal_sums(const float* vectors, float* sums) {
-  if constexpr (kWidth == 1) {
-    memcpy(sums, vectors, kCount * sizeof(float));
-  } else {
-    float halved[kCount * kWidth / 2];
-    for (int i = 0; i < kCount; ++i) {
-      for (int lane = 0; lane < kWidth / 2; ++lane) {
-        halved[i * kWidth / 2 + lane] = vectors[i * kWidth + lane] + vectors[i * kWidth + lane + kWidth / 2];
-      }
-    }
-    horizontal_sums<kWidth / 2, kCount>(halved, sums);
-  }
-}
 
 // e^x for x <= 0, relative error below 2e-7; 0 for x below -87, where float has no normal numbers left.
 inline Vec exp_nonpositive(Vec x) {
-  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const VecInt representable = x >= -87.0f;
-  const Vec clamped = (Vec)((VecInt)x & representable);
-  const Vec shifted = clamped * kLog2E + kRound;
-  const Vec n = shifted - kRound;
-  const Vec f = (clamped - n * kLn2High) - n * kLn2Low;
-  // Taylor coefficients suffice on |f| <= ln(2) / 2.
-  Vec p = f * (1.0f / 5040) + 1.0f / 720;
-  p = p * f + 1.0f / 120;
-  p = p * f + 1.0f / 24;
-  p = p * f + 1.0f / 6;
-  p = p * f + 0.5f;
-  p = p * f + 1.0f;
-  p = p * f + 1.0f;
-  const VecInt exponent = (VecInt)shifted << 23;
-  return (Vec)(((VecInt)p + exponent) & representable);
+  const Reduced reduced = reduce((Vec)((VecInt)x & representable));
+  const Vec power = scale_by_power(exp_slope(reduced.f) * reduced.f + 1.0f, reduced.shifted);
+  return (Vec)((VecInt)power & representable);
 }
 
 // scores[r][j] = q[r] . keys[j] for two keys at once: eight independent chains of multiply-adds.
@@ -124,10 +83,7 @@ inline float reweight(float* scores, float& maximum, float& sum) {
     total += weight;
   }
   const float scale = highest == maximum ? 1.0f : expf(maximum - highest);
-  float lanes[kLanes], weights;
-  memcpy(lanes, &total, sizeof(lanes));
-  horizontal_sums<kLanes, 1>(lanes, &weights);
-  sum = sum * scale + weights;
+  sum = sum * scale + horizontal_sum(total);
   maximum = highest;
   return scale;
 }

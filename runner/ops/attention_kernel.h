@@ -1,4 +1,4 @@
-// The inner loops of g4::attention, compiled once per instruction set (see ops/CMakeLists.txt) and chosen at run time.
+// The inner loops of g4::cpu_attention, compiled once per instruction set (see ops/CMakeLists.txt) and chosen at run time.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ struct AttentionProblem {
   const float* q;            // [heads, queries, head_dim]
   const float* k;            // [kv_heads, slots, head_dim]
   const float* v;            // [kv_heads, slots, head_dim]
-  float* out;                // [heads, queries, head_dim]
+  float* out;                // [queries, heads, head_dim]
   const int64_t* positions;  // [queries]
   int64_t heads, kv_heads, queries, head_dim, slots;
   int64_t window;  // 0 means that every earlier position is visible
@@ -19,8 +19,13 @@ struct AttentionProblem {
   int64_t group() const { return heads / kv_heads; }
   // A row is one (query, head of the group) pair of a KV head, numbered query by query.
   int64_t rows() const { return queries * group(); }
-  const float* q_row(int64_t kv_head, int64_t row) const { return q + q_offset(kv_head, row); }
-  float* out_row(int64_t kv_head, int64_t row) const { return out + q_offset(kv_head, row); }
+  const float* q_row(int64_t kv_head, int64_t row) const {
+    return q + (head(kv_head, row) * queries + row / group()) * head_dim;
+  }
+  // Queries first, as the output projection reads them.
+  float* out_row(int64_t kv_head, int64_t row) const {
+    return out + (row / group() * heads + head(kv_head, row)) * head_dim;
+  }
 
   // Positions first ... last of the keys that the query of a row sees. Older ones have left the cache.
   int64_t last_visible(int64_t row) const { return positions[row / group()]; }
@@ -31,9 +36,7 @@ struct AttentionProblem {
   }
 
  private:
-  int64_t q_offset(int64_t kv_head, int64_t row) const {
-    return ((kv_head * group() + row % group()) * queries + row / group()) * head_dim;
-  }
+  int64_t head(int64_t kv_head, int64_t row) const { return kv_head * group() + row % group(); }
 };
 
 // Rows that share each load of a key or value into registers.

@@ -8,5 +8,20 @@ tests/kernels/interpreter``.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
+
+from gemma4cli.native import load_kernels
 
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each variant of the CPU's kernels that this machine can run; one that it cannot falls back to the best."""
+    library = load_kernels()
+    chosen = library.g4_select_instruction_set(request.param.encode())
+    assert chosen or request.param != "portable"
+    yield request.param
+    library.g4_select_instruction_set(None)

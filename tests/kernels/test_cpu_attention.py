@@ -1,4 +1,4 @@
-"""`g4::attention`: the reference against the formula spelled with plain loops, the C++ kernel against the reference.
+"""`g4::cpu_attention`: the reference against the formula spelled with plain loops, the C++ kernel against the reference.
 
 Exporting costs seconds, so one program per shape takes the caches as inputs and is used for many positions.
 """
@@ -6,7 +6,6 @@ Exporting costs seconds, so one program per shape takes the caches as inputs and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -23,7 +22,7 @@ def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, positions: list[int], win
     """One query, head and key at a time, in float64."""
     heads, queries, head_dim = q.shape[1:]
     kv_heads, slots = k.shape[1:3]
-    out = torch.zeros(1, heads, queries, head_dim, dtype=torch.float64)
+    out = torch.zeros(1, queries, heads, head_dim, dtype=torch.float64)
     for h in range(heads):
         kv = h // (heads // kv_heads)
         for t, position in enumerate(positions):
@@ -31,7 +30,7 @@ def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, positions: list[int], win
             seen = range(oldest, position + 1)
             scores = torch.stack([q[0, h, t].double() @ k[0, kv, p % slots].double() for p in seen])
             weights = torch.softmax(scores, 0)
-            out[0, h, t] = sum(w * v[0, kv, p % slots].double() for w, p in zip(weights, seen, strict=True))
+            out[0, t, h] = sum(w * v[0, kv, p % slots].double() for w, p in zip(weights, seen, strict=True))
     return out
 
 
@@ -68,9 +67,9 @@ def test_the_operator_is_the_reference_in_eager_and_passes_pytorchs_own_checks()
     q, k, v = make_inputs(4, 2, 3, 32, 13)
     arguments = (q, k, v, torch.arange(20, 23), 8)
     torch.testing.assert_close(attention(*arguments), attention_reference(*arguments), rtol=0, atol=0)
-    torch.library.opcheck(torch.ops.g4.attention.default, arguments, test_utils="test_faketensor")
+    torch.library.opcheck(torch.ops.g4.cpu_attention.default, arguments, test_utils="test_faketensor")
     out = torch.empty(0)
-    torch.ops.g4.attention.out(*arguments, out=out)
+    torch.ops.g4.cpu_attention.out(*arguments, out=out)
     torch.testing.assert_close(out, attention_reference(*arguments), rtol=0, atol=0)
 
 
@@ -111,16 +110,6 @@ SHAPES = [
     (6, 2, 40, 600, 500),
     (3, 3, 24, 90, 0),
 ]
-
-
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each variant of the kernel that this machine can run; one that it cannot falls back to the best."""
-    library = load_kernels()
-    chosen = library.g4_select_attention_kernel(request.param.encode())
-    assert chosen or request.param != "portable"
-    yield request.param
-    library.g4_select_attention_kernel(None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -166,7 +155,7 @@ def test_a_query_gives_the_same_bits_alone_and_in_a_chunk(shape: tuple[int, ...]
         earlier_k, earlier_v = k.clone(), v.clone()
         earlier_k[:, :, later] = earlier_v[:, :, later] = 1e30
         alone = method.execute([q[:, :, t : t + 1].contiguous(), earlier_k, earlier_v, torch.tensor([start + t])])[0]
-        assert torch.equal(alone[0, :, 0], together[0, :, t])
+        assert torch.equal(alone[0, 0], together[0, t])
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,6 @@ Call = Callable[..., tuple[Tensor, Tensor]]
 
 def python_runtime(bundle: Path) -> Call:
     """The bundle's methods in ExecuTorch's own Python runtime, with caches of their own."""
-    import executorch.kernels.quantized  # noqa: F401
     from executorch.runtime import Runtime
 
     load_kernels()
@@ -203,20 +202,40 @@ def test_caches_are_written_in_place_and_only_once_there() -> None:
     assert places["decode"] == [place for place in places["prefill"] if "kv_cache" in place[0]]
 
 
-def test_logits_are_capped_in_the_heads_delegate() -> None:
-    """ExecuTorch's own tanh took a vocabulary's logits one by one, in one thread: 4 % of a token."""
-    found = delegates(open_artifact([tiny_bundle("none")]))
-    for method in ("prefill", "decode"):
-        graphs = [part["operators"] for part in found["delegates"] if part["method"] == method]
-        assert [graph.get("Tanh", 0) for graph in graphs] == [0] * (len(graphs) - 1) + [1]
-        assert not any("tanh" in name for name in found["outside"][method])
+def test_a_program_is_made_of_few_operators_of_ours() -> None:
+    """Nothing is delegated, and nothing that touches weights or whole caches is left to ExecuTorch's own kernels."""
+    found = delegates(open_artifact([demo_bundle()]))
+    assert found["delegates"] == []
+    layers = 12
+    for method, outside in found["outside"].items():
+        ours = {name.partition(".")[0]: count for name, count in outside.items() if name.startswith("g4::")}
+        assert ours == {
+            "g4::cpu_embedding": 1,
+            "g4::cpu_linear": 7 * layers - 2 + 1,  # two layers have no v_proj; the head
+            "g4::cpu_rms_norm": 2 * layers + 1,
+            "g4::cpu_head_rope": 3 * layers,
+            "g4::cpu_attention": layers,
+            "g4::cpu_norm_add": 2 * layers,
+            "g4::cpu_gelu_mul": layers,
+            "g4::cpu_softcap": 1,
+            "g4::sample": 1,
+        }, method
+        per_layer = sum(count for name, count in outside.items() if not name.startswith("g4::")) / layers
+        assert per_layer < 6, outside
+
+
+def test_weights_are_mapped_once_and_read_where_they_lie() -> None:
+    """ExecuTorch's loader maps every constant of every method by itself: twice the pages, and twice their faults."""
+    with RunnerEngine(demo_bundle()) as engine:
+        maps = Path(f"/proc/{engine._process.pid}/maps").read_text().splitlines()
+    assert [line.split()[1] for line in maps if line.endswith("weights.ptd")] == ["r--s"]
 
 
 def test_export_says_nothing_but_its_result() -> None:
     run = run_of(demo_bundle())
     document = json.loads(run.stdout)
     assert document["bundle"] == str(demo_bundle())
-    allowed = ("demo is not quantized; quantizing", "quantize: ", "load layers: ", "trace and lower: ", "hash ")
+    allowed = ("demo is not quantized; quantizing", "quantize: ", "trace and lower: ", "pack: ", "hash ")
     noise = [line for line in run.stderr.splitlines() if not line.startswith(allowed)]
     assert noise == []
 
@@ -248,7 +267,7 @@ def test_dry_run_tells_the_size_beforehand() -> None:
 
 
 def test_another_export_elsewhere_gives_the_same_bytes(tmp_path: Path) -> None:
-    """Another process, another folder, weights kept on disk meanwhile: every file is the same."""
+    """Another process, another folder: every file is the same."""
     run = run_g4(*tiny_export("sensitive"), "--low-memory", home=tmp_path / "elsewhere")
     assert run.code == 0, run.stderr
     there = Path(json.loads(run.stdout)["bundle"])

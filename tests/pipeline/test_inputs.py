@@ -111,7 +111,7 @@ def test_a_gguf_of_floats_is_quantized_on_the_way(g4: RunG4, tmp_path: Path) -> 
     same_program(bundle, tiny_bundle("default"))
 
 
-def test_a_quantized_gguf_is_exported_as_it_is_and_converted_once(g4: RunG4, tmp_path: Path) -> None:
+def test_a_quantized_gguf_is_exported_as_it_is(g4: RunG4, tmp_path: Path) -> None:
     model = describe(tiny_checkpoint(), GGML.Q4_0).set("general.file_type", 2)
     file = write(tmp_path / "tiny-Q4_0.gguf", model)
     refused = g4("export", file, "--recipe", "default", *SIZES)
@@ -126,17 +126,16 @@ def test_a_quantized_gguf_is_exported_as_it_is_and_converted_once(g4: RunG4, tmp
     seen = g4("inspect-pte", bundle.path, "--verify")
     assert "recipe        GGUF Q4_0: Q4_0 9" in seen.out
     plan = json.loads(planned.out)
-    assert plan["checkpoint_first_bytes"] > 0
+    assert plan["checkpoint_first_bytes"] == 0
+    assert not (tmp_path / "g4-home" / "checkpoints").exists()
     assert plan["run_memory_bytes"] == pytest.approx(bundle.manifest.memory.total_bytes, rel=0.1)
     for name, record in bundle.manifest.files.items():
         assert plan["files"][name] == pytest.approx(record.bytes, rel=0.5), name
-    again = json.loads(g4("export", file, "--dry-run", *SIZES).out)
-    assert again["checkpoint_first_bytes"] == 0
     asked = ("--raw", "--prompt", "abc", "--temperature", "0", "--max-new-tokens", "4", "--quiet")
     assert g4("run", bundle.path, *asked).code == 0
     eager = g4("run", file, *(option for option in asked if option != "--quiet"))
     assert eager.code == 0
-    assert "converted from tiny-Q4_0.gguf earlier" in eager.err
+    assert "Converting tiny-Q4_0.gguf" in eager.err
 
 
 def same_program(bundle: Path, other: Path) -> None:

@@ -316,7 +316,7 @@ def change_input_type(program: Any) -> None:
 
 def rename_operator(program: Any) -> None:
     for operator in plan(program, "decode").operators:
-        operator.name = operator.name.replace("g4::attention", "g4::attention_of_tomorrow")
+        operator.name = operator.name.replace("g4::cpu_attention", "g4::cpu_attention_of_tomorrow")
 
 
 def rename_backend(name: str) -> Edit:

@@ -1,6 +1,6 @@
 """A toy bundle that obeys the method contract, for tests of the runner: a few thousand weights.
 
-One sliding and one full attention layer with real caches and `g4::attention`, a head delegated to XNNPACK, and a
+One sliding and one full attention layer with real caches and `g4::cpu_attention`, a head delegated to XNNPACK, and a
 sampler whose choice depends on every sampling input, so that a swapped or forgotten one is seen. `MiniModel` is also
 the eager reference: the runner's tokens must equal `reference_tokens`.
 """
@@ -51,7 +51,7 @@ class MiniAttention(nn.Module):
         self.k_cache.index_copy_(2, slot, k)
         self.v_cache.index_copy_(2, slot, v)
         mixed = cpu_attention.attention(q, self.k_cache, self.v_cache, input_pos, self.window)
-        return x + mixed.transpose(1, 2).flatten(2) @ self.out
+        return x + mixed.flatten(2) @ self.out
 
 
 class MiniModel(nn.Module):

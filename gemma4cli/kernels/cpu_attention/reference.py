@@ -15,7 +15,8 @@ def attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: 
             holds position last - (last - s) mod S. Slots of negative or invisible positions may hold anything.
         input_pos: [T] int64, ascending: the positions of the queries, already written to the cache.
         window: a query sees itself and the window - 1 positions before it; 0 means all positions before it.
-    Returns: [1, H, T, D] in q's dtype, computed in float32; a query that sees no position gives zeros.
+    Returns: [1, T, H, D], as the output projection reads it, in q's dtype, computed in float32; a query that sees no
+        position gives zeros.
     """
     group = q.shape[1] // k_cache.shape[1]
     slots = torch.arange(k_cache.shape[2], device=q.device)
@@ -29,4 +30,4 @@ def attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: 
     v = torch.where(used, v_cache.float(), 0).repeat_interleave(group, dim=1)
     scores = (q.float() @ k.transpose(2, 3)).masked_fill(~visible, float("-inf"))
     weights = torch.nan_to_num(torch.softmax(scores, dim=-1))
-    return (weights @ v).to(q.dtype)
+    return (weights @ v).transpose(1, 2).to(q.dtype).contiguous()

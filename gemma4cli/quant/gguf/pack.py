@@ -1,4 +1,4 @@
-"""GGUF's blocks straight into the layout that the GPU kernels read.
+"""GGUF's blocks straight into the layout that the backends' kernels read.
 
 The kernels' layout has GGUF's own order of nibbles (kernels/quantized_matmul/format.py), so the usual types are taken
 apart and copied (in C++, `runner/codes/`), with no code touched; the rest goes through a checkpoint's tensors, a few
