@@ -19,7 +19,7 @@ MappedFile::MappedFile(const std::string& path) : data_(MAP_FAILED), size_(0) {
     size_ = static_cast<size_t>(status.st_size);
     data_ = mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
   }
-  const int reason = errno;
+  const int reason = size_ == 0 && descriptor >= 0 ? ENODATA : errno;  // no page of an empty file can be mapped
   if (descriptor >= 0) close(descriptor);
   if (data_ == MAP_FAILED) throw RunnerError(path + " cannot be read (" + std::strerror(reason) + ").");
   madvise(data_, size_, MADV_WILLNEED);  // a hint: read on while the rest is being loaded

@@ -53,6 +53,10 @@ LoadedMethod::LoadedMethod(const Program& program, const char* name, PlannedMemo
   manager_.emplace(&method_allocator_, memory.allocator_for(*meta), &temporary_allocator_);
   clear_complaint();
   auto method = program.load_method(name, &*manager_, /*event_tracer=*/nullptr, weights);
+  if (!method.ok() && method.error() == Error::InvalidState && weights == nullptr) {
+    throw RunnerError("model.pte needs weights, and no .ptd file lies beside it.",
+                      "Copy the whole bundle again, or export it again: g4 export --force");
+  }
   if (!method.ok()) fail("cannot be loaded", method.error());
   method_.emplace(std::move(*method));
   place_inputs();

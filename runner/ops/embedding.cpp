@@ -64,7 +64,7 @@ Tensor& embedding_out(KernelRuntimeContext& context, const Tensor& tokens, Argum
 
 }  // namespace
 
-void cpu_embedding_out_boxed(KernelRuntimeContext& context, Arguments arguments) {
+void embedding_out_boxed(KernelRuntimeContext& context, Arguments arguments) {
   embedding_out(context, arguments[0]->toTensor(), {arguments.data() + 1, 4}, arguments[5]->toDouble(),
                 arguments[6]->toTensor());
 }

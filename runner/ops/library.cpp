@@ -13,14 +13,14 @@ using executorch::runtime::Kernel;
 
 const Kernel kOperators[] = {
     Kernel("g4::cpu_attention.out", attention_out_boxed),
+    Kernel("g4::cpu_embedding.out", embedding_out_boxed),
     Kernel("g4::cpu_gelu_mul.out", gelu_mul_out_boxed),
     Kernel("g4::cpu_head_rope.out", head_rope_out_boxed),
+    Kernel("g4::cpu_linear.out", linear_out_boxed),
+    Kernel("g4::cpu_linear_float.out", linear_float_out_boxed),
     Kernel("g4::cpu_norm_add.out", norm_add_out_boxed),
     Kernel("g4::cpu_rms_norm.out", rms_norm_out_boxed),
     Kernel("g4::cpu_softcap.out", softcap_out_boxed),
-    Kernel("g4::cpu_embedding.out", cpu_embedding_out_boxed),
-    Kernel("g4::cpu_linear.out", cpu_linear_out_boxed),
-    Kernel("g4::cpu_linear_float.out", cpu_linear_float_out_boxed),
     Kernel("g4::sample.out", sample_out_boxed),
 };
 

@@ -149,11 +149,11 @@ Tensor& linear_float_out(KernelRuntimeContext& context, const Tensor& x, const T
 
 }  // namespace
 
-void cpu_linear_out_boxed(KernelRuntimeContext& context, Arguments arguments) {
+void linear_out_boxed(KernelRuntimeContext& context, Arguments arguments) {
   linear_out(context, arguments[0]->toTensor(), {arguments.data() + 1, 4}, arguments[5]->toTensor());
 }
 
-void cpu_linear_float_out_boxed(KernelRuntimeContext& context, Arguments arguments) {
+void linear_float_out_boxed(KernelRuntimeContext& context, Arguments arguments) {
   linear_float_out(context, arguments[0]->toTensor(), arguments[1]->toTensor(), arguments[2]->toTensor());
 }
 

@@ -10,13 +10,13 @@ namespace g4 {
 using Arguments = executorch::runtime::Span<executorch::runtime::EValue*>;
 
 void attention_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
+void embedding_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
 void gelu_mul_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
 void head_rope_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
+void linear_float_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
+void linear_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
 void norm_add_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
 void rms_norm_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
-void cpu_embedding_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
-void cpu_linear_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
-void cpu_linear_float_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
 void sample_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
 void softcap_out_boxed(executorch::runtime::KernelRuntimeContext& context, Arguments arguments);
 

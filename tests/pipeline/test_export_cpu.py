@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemma4cli import native
 from gemma4cli.engine.base import GenerationRequest
 from gemma4cli.engine.runner import RunnerEngine
 from gemma4cli.errors import G4Error
@@ -229,6 +231,21 @@ def test_weights_are_mapped_once_and_read_where_they_lie() -> None:
     with RunnerEngine(demo_bundle()) as engine:
         maps = Path(f"/proc/{engine._process.pid}/maps").read_text().splitlines()
     assert [line.split()[1] for line in maps if line.endswith("weights.ptd")] == ["r--s"]
+
+
+def test_a_program_without_its_weights_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(demo_bundle(), tmp_path / "bundle")
+    weights = tmp_path / "bundle" / "weights.ptd"
+    refusals = {}
+    for kept in (100_000, 0, None):
+        weights.unlink() if kept is None else os.truncate(weights, kept)
+        command = [native.find_runner(), "--bundle", tmp_path / "bundle", "--tokens", "2"]
+        run = subprocess.run(command, env=native.runner_environment(), capture_output=True, text=True, timeout=60)
+        assert run.returncode == 1
+        refusals[kept] = run.stderr
+    assert "weights.ptd is not a valid weight file" in refusals[100_000]
+    assert "weights.ptd cannot be read (No data available)." in refusals[0]
+    assert refusals[None].startswith("error: model.pte needs weights, and no .ptd file lies beside it.\nhint: Copy")
 
 
 def test_export_says_nothing_but_its_result() -> None:
