@@ -15,19 +15,17 @@ import ctypes
 import json
 import logging
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gemma4cli.benchmark.device import describe_environment
 from gemma4cli.kernels.cpu_linear import linear, linear_reference
 from gemma4cli.kernels.quantized_matmul.format import PackedWeight, WeightFormat
 from gemma4cli.native import load_kernels
@@ -153,12 +151,10 @@ def main() -> None:
             if n * k <= MOST_PREFILL_WEIGHTS:
                 rows.append(measure(name, weight, method, PREFILL_ROWS, threads, reading))
         del program, method
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     document = {
         "command": "python bench/cpu_linear.py --out bench/results/cpu-linear.json",
-        "commit": commit,
-        "machine": {"architecture": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
-        "versions": {package: version(package) for package in ("torch", "executorch")},
+        "environment": describe_environment(None),
+        "load": os.getloadavg()[0],
         "rows": rows,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Matrices as the backends' kernels read them (kernels/quantized_matmul/format.py): a module of buffers.
 
 The buffers have shapes that follow from a weight's format alone, so a model of them can be built and traced before a
-single weight is read; `weights.write_weights` puts a checkpoint's into the data file, `fill` into memory.
+single weight is read; `weights.write_packed` puts a checkpoint's into the data file, `fill` into memory.
 """
 
 from __future__ import annotations

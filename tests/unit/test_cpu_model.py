@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gemma4cli.export.bundle import ReencodedRecord
 from gemma4cli.export.cpu import EMBEDDING, LM_HEAD, CpuMatrix, CpuModel, CpuSignature, FloatMatrix, build_cpu_model
+from gemma4cli.export.export import ExportSpec, export_bundle, plan_export
 from gemma4cli.kernels.quantized_matmul.format import WeightFormat
 from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.model.weights import build_model
@@ -98,6 +100,18 @@ def test_what_has_no_packed_form_is_kept_as_floats(
     x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(1))
     wanted = F.linear(x, dequantize(reader.tensor(name)))
     assert (place(x) - wanted).norm() / wanted.norm() < (1e-6 if expected is None else 0.02)
+
+
+def test_a_bundle_lists_what_became_floats(tmp_path: Path) -> None:
+    recipe = changed(load_recipe("default"), 1, spec=QuantSpec(4, 16, False, "min-max"))
+    quantized(tmp_path, recipe, **ONE_LAYER)
+    spec = ExportSpec(tmp_path / "quantized", tmp_path / "bundle", context_length=32, prefill_chunk=8)
+    planned = plan_export(spec)
+    manifest = export_bundle(spec)
+    assert manifest.reencoded["model.layers.0.mlp.up_proj.weight"] == ReencodedRecord("int4 g16", "float32", 0.0)
+    assert "model.embed_tokens.weight" not in manifest.reencoded
+    assert planned.files["weights.ptd"] == manifest.files["weights.ptd"].bytes
+    assert planned.memory == manifest.memory
 
 
 def test_every_tensor_of_a_checkpoint_has_its_place(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from gemma4cli.model.weights import build_model
 from gemma4cli.quant.checkpoint import Checkpoint, open_checkpoint
 from gemma4cli.quant.pack import pack_weight
 from gemma4cli.quant.quantize import quantize_checkpoint
-from gemma4cli.quant.recipe import load_recipe
+from gemma4cli.quant.recipe import QuantSpec, load_recipe
 from gemma4cli.quant.tensors import is_quantized
 from tests.support.tiny import write_checkpoint
 
@@ -147,3 +148,12 @@ def test_mixed_formats_stay_unfused_and_right() -> None:
 def test_unknown_kv_format(checkpoint: Checkpoint) -> None:
     with pytest.raises(G4Error, match="Unknown KV format 'fp8'"):
         Signature.of(checkpoint, SPEC, "fp8")
+
+
+def test_eight_bits_with_zero_points_are_refused(tmp_path: Path) -> None:
+    """The packed layout has them, for the CPU; no kernel of the GPU does."""
+    recipe = load_recipe("default")
+    rules = (recipe.rules[0], replace(recipe.rules[1], spec=QuantSpec(8, 0, False, "min-max")), *recipe.rules[2:])
+    quantize_checkpoint(write_checkpoint(tmp_path / "plain"), tmp_path / "quantized", replace(recipe, rules=rules))
+    with pytest.raises(G4Error, match=r"_proj\.weight has 8-bit codes with a zero point"):
+        Signature.of(open_checkpoint(tmp_path / "quantized"), SPEC, "bf16")

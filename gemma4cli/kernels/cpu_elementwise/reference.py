@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gemma4cli.model.layers import normalize
+from gemma4cli.model.rope import rotate
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Divide the last dimension by its root mean square.
@@ -13,7 +16,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Args: x [..., N]; weight [N], which the result is multiplied with, or None; eps is added to the mean square.
     Returns: [..., N].
     """
-    normal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    normal = normalize(x, eps)
     return normal if weight is None else normal * weight
 
 
@@ -36,11 +39,9 @@ def head_rope_reference(
         heads: H.
     Returns: [1, H, T, D].
     """
-    normal = rms_norm_reference(x.unflatten(-1, (heads, -1)), weight, eps).transpose(1, 2).contiguous()
-    if cos is None or sin is None:
-        return normal
-    first, second = normal.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    normal = rms_norm_reference(x.unflatten(-1, (heads, -1)), weight, eps)
+    turned = normal if cos is None or sin is None else rotate(normal, cos, sin)
+    return turned.transpose(1, 2).contiguous()
 
 
 def gelu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
