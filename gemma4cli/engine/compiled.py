@@ -3,12 +3,14 @@
 A compiled library speaks AOTInductor's C interface both ways: it exports `AOTInductorModelContainer*` and asks its host
 for `aoti_torch_*`, which ExecuTorch's CUDA delegate implements and libtorch does too. So PyTorch can host what
 ExecuTorch would run: that is how `g4 export --verify` checks an artifact, and how a machine without ExecuTorch's CUDA
-delegate runs one. No Python of the model is involved, and decoding is one CUDA graph.
+delegate runs one. No Python of the model is involved, and decoding is one CUDA graph, launched for the next token
+before this one has reached the host.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import tempfile
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gemma4cli.engine.base import Engine, Generation, GenerationRequest, TokenStream
-from gemma4cli.engine.stepping import CachedTokens, Step, answer
+from gemma4cli.engine.stepping import CachedTokens, Read, Step, answer
 from gemma4cli.errors import G4Error
 from gemma4cli.export.bundle import Bundle, open_bundle
 from gemma4cli.export.contract import DECODE, METHODS, PREFILL
@@ -123,6 +125,33 @@ def _capsule(pointer: int) -> Any:
     return ctypes.pythonapi.PyCapsule_New(pointer, None, None)
 
 
+class _HostToken:
+    """A place in pinned memory for a token from the device; `int` of it waits until the token is there."""
+
+    def __init__(self) -> None:
+        self._place = torch.zeros(1, dtype=torch.int64).pin_memory()
+        self._there = torch.cuda.Event()
+
+    def copy(self, token: Tensor) -> Self:
+        """Have a token copied when its step has run; what was copied here before must not be wanted any more.
+
+        Waits for that earlier copy, so steps whose tokens nobody waits for cannot queue up either.
+        """
+        self._there.synchronize()
+        self._place.copy_(token, non_blocking=True)
+        self._there.record()
+        return self
+
+    def __int__(self) -> int:
+        self._there.synchronize()
+        return int(self._place)
+
+
+def _two_places() -> Iterator[_HostToken]:
+    """Take turns, so that one token can be read on the host while the next step's is being copied."""
+    return itertools.cycle((_HostToken(), _HostToken()))
+
+
 @dataclass
 class _Session(CachedTokens):
     """One conversation's caches, and the graph of a decoding step that was captured over them."""
@@ -131,6 +160,7 @@ class _Session(CachedTokens):
     graph: torch.cuda.CUDAGraph | None = None
     token: Tensor | None = None
     logits: Tensor | None = None
+    places: Iterator[_HostToken] = field(default_factory=_two_places)
 
 
 class CompiledEngine(Engine):
@@ -193,6 +223,7 @@ class CompiledEngine(Engine):
         return Generation(lambda cancelled: self._answer(request, cancelled, started))
 
     def close(self) -> None:
+        torch.cuda.synchronize(self._device)  # a step ahead may still run
         self._sessions.clear()
         self._weights.clear()
 
@@ -214,18 +245,25 @@ class CompiledEngine(Engine):
         The results stay valid until the session's next step.
         """
         held = self._open(session)
-        start = len(held.tokens)
-        held.written = max(held.written, start + len(tokens))
         if len(tokens) == 1:
-            outputs = self._decode(held, tokens[0], start, sampling)
+            token, logits = self._decode(held, tokens[0], sampling)
         else:
-            positions = torch.arange(start, start + len(tokens), device=self._device)
-            inputs = (torch.tensor([list(tokens)], device=self._device), positions, *_settings(sampling, self._device))
-            outputs = self._libraries[PREFILL].run(inputs, 2)
+            token, logits = self._prefill(held, tokens, sampling)
         held.tokens.extend(tokens)
-        return outputs[0], outputs[1]
+        return token, logits
 
-    def _decode(self, held: _Session, token: int, position: int, sampling: SamplingSettings) -> tuple[Tensor, Tensor]:
+    def _prefill(self, held: _Session, tokens: Sequence[int], sampling: SamplingSettings) -> list[Tensor]:
+        start = len(held.tokens)
+        end = start + len(tokens)
+        held.written = max(held.written, end)
+        positions = torch.arange(start, end, device=self._device)
+        inputs = (torch.tensor([list(tokens)], device=self._device), positions, *_settings(sampling, self._device))
+        return self._libraries[PREFILL].run(inputs, 2)
+
+    def _decode(self, held: _Session, token: int | Tensor, sampling: SamplingSettings) -> tuple[Tensor, Tensor]:
+        """Launch the step that reads a token, on the host or on the device, after what the session holds."""
+        position = len(held.tokens)
+        held.written = max(held.written, position + 1)
         self._inputs.set(token, position, sampling)
         if held.graph is None:
             library, inputs = self._libraries[DECODE], self._inputs.tensors
@@ -243,13 +281,33 @@ class CompiledEngine(Engine):
         contract = self.contract
         reused = held.rewind(request.tokens, contract.window, contract.ring_slots)
         step = Step(
-            lambda tokens: int(self.step(request.session, tokens, request.sampling)[0]),
+            self._reader(held, request),
             contract.context_length,
             contract.prefill_chunk,
             self._load_s,
             lambda: torch.cuda.max_memory_allocated(self._device),
         )
         return (yield from answer(request, held, reused, step, cancelled, started))
+
+    def _reader(self, held: _Session, request: GenerationRequest) -> Read:
+        """Return how an answer reads: one step ahead, so that the device never waits for the host."""
+        token: Tensor  # the last step's, on the device, where other sessions leave it alone
+        ahead: _HostToken | None = None  # the same on its way to the host, when its step has not been asked for
+
+        def read(tokens: Sequence[int], more: bool) -> _HostToken:
+            nonlocal token, ahead
+            chosen, ahead = ahead, None
+            if chosen is None:
+                token, _ = self.step(request.session, tokens, request.sampling)
+                chosen = next(held.places).copy(token)
+            else:
+                held.tokens.extend(tokens)
+            if more:
+                token, _ = self._decode(held, token, request.sampling)
+                ahead = next(held.places).copy(token)
+            return chosen
+
+        return read
 
     def _open(self, name: str) -> _Session:
         if name not in self._sessions:
@@ -266,21 +324,33 @@ class CompiledEngine(Engine):
         return held
 
 
-@dataclass(frozen=True)
+@dataclass
 class _DecodeInputs:
-    """The inputs of `decode` at fixed addresses, as a CUDA graph reads them."""
+    """The inputs of `decode` at fixed addresses, as the CUDA graphs of all sessions read them.
+
+    Every step sets what differs from the last one's, in the order of the stream: a step in flight keeps its own.
+    """
 
     tensors: tuple[Tensor, ...]
+    sampling: SamplingSettings | None = GREEDY
 
     @classmethod
     def on(cls, device: torch.device) -> Self:
         tokens, position = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         return cls(tuple(t.to(device) for t in (tokens, position, *_settings(GREEDY, torch.device("cpu")))))
 
-    def set(self, token: int, position: int, sampling: SamplingSettings) -> None:
-        values = (token, position, *_values(sampling))
-        for tensor, value in zip(self.tensors, values, strict=True):
-            tensor.fill_(value)
+    def set(self, token: int | Tensor, position: int, sampling: SamplingSettings) -> None:
+        tokens, positions, *settings = self.tensors
+        if isinstance(token, Tensor):
+            tokens.copy_(token)
+        else:
+            tokens.fill_(token)
+        positions.fill_(position)
+        if sampling != self.sampling:
+            self.sampling = None  # an interruption leaves a part of each
+            for tensor, value in zip(settings, _values(sampling), strict=True):
+                tensor.fill_(value)
+            self.sampling = sampling
 
 
 def _values(sampling: SamplingSettings) -> tuple[float, int, float, float, int]:

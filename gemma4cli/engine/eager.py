@@ -136,7 +136,7 @@ class EagerEngine(Engine):
         cache, config = self.model.cache, self.model.config
         reused = session.rewind(request.tokens, _window(self.model), config.sliding_window + cache.prefill_chunk - 1)
         step = Step(
-            lambda tokens: self._read(session, tokens, settings),
+            lambda tokens, more: self._read(session, tokens, settings),
             self.context_length,
             cache.prefill_chunk,
             self._load_s,
@@ -160,11 +160,11 @@ class EagerEngine(Engine):
             self._sessions[name] = _Session(caches=fresh)
         return self._sessions[name]
 
-    def _read(self, session: _Session, tokens: Sequence[int], settings: tuple[Tensor, ...] | None) -> int:
+    def _read(self, session: _Session, tokens: Sequence[int], settings: tuple[Tensor, ...] | None) -> Tensor:
         """Read tokens into a session's caches and choose the next one; without settings the most probable."""
         logits = self._advance(session, tokens)[:, -1]
         position = torch.tensor([len(session.tokens) - 1], device=self._device)
-        return int(logits.argmax() if settings is None else sample(logits, position, *settings))
+        return logits.argmax() if settings is None else sample(logits, position, *settings)
 
     @torch.no_grad()
     def _advance(self, session: _Session, tokens: Sequence[int], *, last_only: bool = True) -> Tensor:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import SupportsInt
 
 from gemma4cli.engine.base import (
     FinishReason,
@@ -17,8 +18,13 @@ from gemma4cli.engine.base import (
     TokenStream,
 )
 
-Read = Callable[[Sequence[int]], int]
-"""Read tokens into the caches and return the one chosen after them."""
+Read = Callable[[Sequence[int], bool], SupportsInt]
+"""Read tokens into the caches; `int` of the result waits for the token chosen after them.
+
+True says that this token is what will be read next, alone, unless it ends the answer: an engine may run one step ahead,
+which is to begin that step at once, on its device. A step that then is not asked for counts in `CachedTokens.written`
+and not in `tokens`.
+"""
 
 
 @dataclass
@@ -26,7 +32,8 @@ class CachedTokens:
     """What a session's caches hold.
 
     tokens: from position 0 on.
-    written: one more than the highest position ever written; in a ring it has overwritten that minus the slots.
+    written: one more than the highest position ever written, by a step ahead, too; in a ring it has overwritten that
+        minus the slots.
     owner: the generation that may use the session; a newer one takes it over.
     """
 
@@ -37,8 +44,9 @@ class CachedTokens:
     def rewind(self, prompt: Sequence[int], window: int, slots: int) -> int:
         """Keep the longest prefix of `prompt` that can be continued from, and return its length.
 
-        The last token is always read again, for its logits. A ring can go back by `prefill_chunk` positions: further
-        back the window of the next query reaches keys that were overwritten, and everything starts from position 0.
+        The last token is always read again, for its logits. A ring can go back by `prefill_chunk` positions from
+        `written`: further back the window of the next query reaches keys that were overwritten, and everything starts
+        from position 0.
         """
         start = 0
         limit = min(len(prompt) - 1, len(self.tokens))
@@ -82,10 +90,10 @@ def answer(
     first_token: float | None = None
     last_token = 0.0
 
-    def read(tokens: Sequence[int]) -> int:
+    def read(tokens: Sequence[int], more: bool) -> SupportsInt:
         if cached.owner is not me:
             raise RuntimeError(f"a newer generation took over session {request.session!r}")
-        return step.read(tokens)
+        return step.read(tokens, more)
 
     def end(reason: FinishReason) -> GenerationResult:
         count, prompt = len(generated), len(request.tokens)
@@ -106,7 +114,9 @@ def answer(
     for start in range(reused, len(request.tokens), chunk):
         if cancelled.is_set():
             return end("cancelled")
-        token = read(request.tokens[start : start + chunk])
+        # Nothing runs ahead of the first token, which would come later where an engine prepares for its first step.
+        chosen = read(request.tokens[start : start + chunk], False)
+    token = int(chosen)
     first_token = time.perf_counter()
     while token not in request.stop_ids:
         generated.append(token)
@@ -116,7 +126,7 @@ def answer(
             return end("cancelled")
         if len(generated) == limit:
             return end("length" if limit == request.max_new_tokens else "context")
-        token = read([token])
+        token = int(read([token], len(generated) + 1 < limit))
     return end("stop")
 
 
