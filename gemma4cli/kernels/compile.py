@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a target without a GPU, and read what the machine code needs.
+"""Compile a kernel in Triton or Gluon for a target without a GPU, and read what the machine code needs.
 
 `ptxas` and `cuobjdump` ship inside Triton's package; nothing is launched and no driver is needed.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from gemma4cli.kernels.targets import Target
 
@@ -75,7 +76,7 @@ def compile_kernel(
             signature[parameter.name] = value.removesuffix(":16")
             if value.startswith("*") or value.endswith(":16"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = source_type(kernel)(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, **register_limit(constants)}
     compiled = triton.compile(source, target=GPUTarget("cuda", target.arch, target.warp_size), options=options)
     registers, local_bytes = resource_usage(compiled.asm["cubin"])
@@ -88,6 +89,11 @@ def compile_kernel(
         registers=registers,
         local_bytes=local_bytes,
     )
+
+
+def source_type(kernel: triton.JITFunction) -> type[ASTSource]:
+    """Return what Triton's compiler is handed a kernel in: that tells Gluon from Triton's own language."""
+    return GluonASTSource if kernel.is_gluon() else ASTSource
 
 
 def register_limit(constants: Mapping[str, Any]) -> dict[str, int]:

@@ -37,8 +37,8 @@ _PACKAGE = Path(gemma4cli.__file__).parent
 # The code that decides what a program is.
 _SOURCES = (
     *("kernels/*/*.py", "model/*.py", "export/contract.py", "export/packed.py", "export/trace.py"),
-    *(f"kernels/{name}.py" for name in ("__init__", "compile", "dependent_launch", "targets")),
-    *(f"export/cuda/{name}.py" for name in ("fake_gpu", "launch", "layers", "lower", "model", "toolchain")),
+    *(f"kernels/{name}.py" for name in ("__init__", "compile", "dependent_launch", "gluon", "targets")),
+    *(f"export/cuda/{name}.py" for name in ("fake_gpu", "gluon", "launch", "layers", "lower", "model", "toolchain")),
 )
 _SHIPPED = _PACKAGE / "data" / "programs"
 _BYTES_PER_COMPILER = 2 << 30  # 60 layers took 1.1 GB, see docs/cuda-export.md

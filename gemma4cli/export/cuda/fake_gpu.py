@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler as triton_compiler
 
+from gemma4cli.export.cuda.gluon import bare_kernel, gluon_kernels
 from gemma4cli.kernels.compile import KernelUsage, register_limit, resource_usage
 from gemma4cli.kernels.targets import Target
 
@@ -55,6 +56,7 @@ def fake_gpu(target: Target) -> Iterator[dict[str, KernelUsage]]:
         _pretend_in_torch(target, patch)
         _pretend_in_triton(target, usage, patch, stack)
         _never_launch(patch)
+        stack.enter_context(gluon_kernels())
         _analyze_kernels_once(patch)
         stack.enter_context(inductor_config.patch(_settings(target)))
         _forget_device_facts()
@@ -262,9 +264,7 @@ def _analyze_kernels_once(patch: Callable[[Any, str, Any], None]) -> None:
     known: dict[tuple[Any, ...], Any] = {}
 
     def remembered(kernel: Any, arguments: dict[str, Any], descriptors: Any) -> Any:
-        function = kernel
-        while not hasattr(function, "params"):  # launch options wrap it in an autotuner of one configuration
-            function = function.fn
+        function = bare_kernel(kernel)
         constants = {parameter.name for parameter in function.params if parameter.is_constexpr}
         facts = []
         for name, value in arguments.items():
