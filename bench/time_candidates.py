@@ -1,7 +1,7 @@
 """Time every candidate configuration of the kernels on the GPU at hand: what the model of occupancy is checked against.
 
     python tools/choose_configs.py compile --target sm_90                 # anywhere, no GPU
-    python bench/time_candidates.py build/candidates/sm_90 --out bench/results/occupancy-h200.json [--seconds 85]
+    python bench/time_candidates.py build/candidates/sm_90 --out occupancy.json [--seconds 85] [--kernel matvec]
 
 Loads the machine code itself, so that what is timed is what the model saw and a bundle holds, whatever Triton the host
 has. Each configuration is checked against the float32 reference first; a wrong one has no time. Times are medians of
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import subprocess
 import sys
 import time
@@ -101,11 +102,12 @@ def matvec(codes: list[Code], case: str, shape: str) -> Iterator[dict]:
     expected = reference.matmul_int8(x.float(), last_rows(first, 256))
     y = torch.empty((1, n), device="cuda", dtype=torch.bfloat16)
     for code in codes:
+        rows = math.prod(code.facts["config"][:2])  # a warp's times the warps side by side
 
         def body(i: int) -> None:
             w = weights[i]
             high = w.codes if w.high is None else w.high
-            code((-(-n // code.facts["config"][0]), 1), w.codes, high, w.sub, w.step, xq, scale, total, y, n)  # noqa: B023
+            code((-(-n // rows), 1), w.codes, high, w.sub, w.step, xq, scale, total, y, n)  # noqa: B023
 
         yield from measured(code, shape, body, y, lambda: relative_error(y[:, -256:], expected), 1e-2, copies, 8)
 
@@ -208,6 +210,26 @@ def measured(
     yield row
 
 
+def runs(
+    codes: dict[tuple[str, str, int], list[Code]], combines: dict[tuple[int, int], Code]
+) -> Iterator[tuple[str, Iterator[dict]]]:
+    """All there is to time, and of which kernel."""
+    for shape, (_, k) in PRODUCTS.items():
+        for case in ("int4_min", "int6"):
+            yield "matvec", matvec(codes["matvec", case, k], case, shape)
+    yield "split", decode(codes["split", "ring", 256], "ring", 5000, combines)
+    for case in KINDS:
+        for depth in DEPTHS:
+            yield "split", decode(codes["split", case, 512], case, depth, combines)
+    for shape in ("gate_up", "down", "qkv"):
+        for case in ("int4_min", "int6"):
+            yield "matmul", matmul(codes["matmul", case, PRODUCTS[shape][1]], case, shape)
+    for depth in (30720, 0):
+        yield "attend", prefill(codes["attend", "ring", 256], "ring", 2048, depth)
+        for case in KINDS:
+            yield "attend", prefill(codes["attend", case, 512], case, 1024, depth)
+
+
 def gpu_state(fields: str) -> str:
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -222,6 +244,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=85)
+    parser.add_argument("--kernel", choices=["matvec", "split", "matmul", "attend"], help="only this one")
     arguments = parser.parse_args()
     began = time.time()
     DEADLINE = began + arguments.seconds
@@ -263,21 +286,11 @@ def main() -> None:
         torch.cuda.empty_cache()
         arguments.out.write_text(json.dumps(document))
 
-    for shape, (_, k) in PRODUCTS.items():
-        for case in ("int4_min", "int6"):
-            record(matvec(codes["matvec", case, k], case, shape))
-    record(decode(codes["split", "ring", 256], "ring", 5000, combines))
-    for case in KINDS:
-        for depth in DEPTHS:
-            record(decode(codes["split", case, 512], case, depth, combines))
-    for shape in ("gate_up", "down", "qkv"):
-        for case in ("int4_min", "int6"):
-            record(matmul(codes["matmul", case, PRODUCTS[shape][1]], case, shape))
-    document["sm_clock_after_matmul"] = gpu_state("clocks.sm,power.draw,temperature.gpu")
-    for depth in (30720, 0):
-        record(prefill(codes["attend", "ring", 256], "ring", 2048, depth))
-        for case in KINDS:
-            record(prefill(codes["attend", case, 512], case, 1024, depth))
+    for kernel, rows in runs(codes, combines):
+        if arguments.kernel in (None, kernel):
+            record(rows)
+            if kernel == "matmul":
+                document["sm_clock_after_matmul"] = gpu_state("clocks.sm,power.draw,temperature.gpu")
     document["seconds"] = round(time.time() - began, 1)
     arguments.out.write_text(json.dumps(document))
 

@@ -1,6 +1,7 @@
-"""Measure and tune the low-bit matmul kernels on the GPU at hand, against ceilings measured in the same run.
+"""Measure and tune the prefill product and the 8-bit product of decoding on the GPU at hand, against ceilings measured
+in the same run. Decoding with 4 and 6 bits is timed by time_candidates.py.
 
-    python bench/tune_matmul.py --out results.json [--kernel matvec|matmul|both] [--seconds 200]
+    python bench/tune_matmul.py --out results.json [--kernel matvec_int8|matmul|both] [--seconds 200]
 
 Every configuration is checked against the float32 reference on fresh random data before it is timed; a wrong one is
 never reported. Times are medians of CUDA-graph replays over rotating copies of the weight, so that none stays in the
@@ -35,7 +36,6 @@ SHAPES = {
 }
 FORMATS = {
     "int4_min": WeightFormat(4, 32, True),
-    "int4": WeightFormat(4, 32, False),
     "int6": WeightFormat(6, 16, False),
     "int8": WeightFormat(8, 32, False),
 }
@@ -95,45 +95,36 @@ def copy_bandwidth() -> float:
 
 
 def matvec_configs() -> list[tuple[int, int, int, int]]:
-    """(BLOCK_N, BLOCK_B or BLOCK_G, warps, stages) worth trying: each thread reads 8 to 64 words a step."""
+    """(BLOCK_N, BLOCK_G, warps, stages) worth trying: each thread reads 8 to 64 words a step."""
     found = []
     for block_n in (1, 2, 4, 8):
-        for block_b in (8, 16, 32, 64):
+        for block_g in (8, 16, 32, 64):
             for warps in (1, 2, 4):
                 for stages in (1, 2, 3):
-                    words = block_n * block_b * 8 // (32 * warps)
+                    words = block_n * block_g * 8 // (32 * warps)
                     if 8 <= words <= 64:
-                        found.append((block_n, block_b, warps, stages))
+                        found.append((block_n, block_g, warps, stages))
     return found
 
 
-def run_matvec(w: PackedWeight, xq, scale, total, y, config) -> None:
-    block_n, block_b, warps, stages = config
+def run_matvec(w: PackedWeight, xq, scale, y, config) -> None:
+    block_n, block_g, warps, stages = config
     n, k = w.shape
-    grid = (triton.cdiv(n, block_n), 1)
-    options = {"num_warps": warps, "num_stages": stages}
-    if w.format.bits == 8:
-        decode.matvec_int8[grid](w.codes, w.sub, w.step, xq, scale, y, n, k, block_n, block_b, True, **options)
-    else:
-        high = w.codes if w.high is None else w.high
-        fmt = w.format
-        decode.matvec[grid](
-            w.codes, high, w.sub, w.step, xq, scale, total, y, n, k,
-            fmt.bits, fmt.group_size, fmt.has_min, block_n, block_b, True, **options,
-        )  # fmt: skip
+    decode.matvec_int8[triton.cdiv(n, block_n), 1](
+        w.codes, w.sub, w.step, xq, scale, y, n, k, block_n, block_g, True, num_warps=warps, num_stages=stages
+    )
 
 
-def tune_matvec(name: str, fmt_name: str, deadline: float) -> dict | None:
+def tune_matvec(name: str, deadline: float) -> dict | None:
     n, k, count = SHAPES[name]
-    fmt = FORMATS[fmt_name]
+    fmt = FORMATS["int8"]
     first = random_weight(fmt, n, k)
     copies = max(2, int(400e6 // first.nbytes) + 1)
     weights = [first] + [random_weight(fmt, n, k) for _ in range(copies - 1)]
     x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
-    xq, scale, total = reference.quantize_activations(x)
+    xq, scale, _ = reference.quantize_activations(x)
     xq = xq.view(torch.int32)
-    probe = PackedWeight(fmt, (256, k), first.codes[-256:], None if first.high is None else first.high[-256:],
-                         first.sub[-256:], first.step[-256:])  # fmt: skip
+    probe = PackedWeight(fmt, (256, k), first.codes[-256:], None, first.sub[-256:], first.step[-256:])
     expected = reference.matmul_int8(x.float(), probe)
     rows = []
     for config in matvec_configs():
@@ -141,12 +132,12 @@ def tune_matvec(name: str, fmt_name: str, deadline: float) -> dict | None:
             break
         y = torch.full((1, n), float("nan"), device="cuda", dtype=torch.float32)
         try:
-            run_matvec(first, xq, scale, total, y, config)
+            run_matvec(first, xq, scale, y, config)
             error = relative_error(y[:, -256:], expected)
             if not error < 1e-3 or not torch.isfinite(y).all():
                 rows.append({"config": config, "error": error})
                 continue
-            us = graph_time_us(lambda i: run_matvec(weights[i], xq, scale, total, y, config), copies)  # noqa: B023
+            us = graph_time_us(lambda i: run_matvec(weights[i], xq, scale, y, config), copies)  # noqa: B023
         except Exception as failure:  # a configuration the compiler or the GPU refuses is a result too
             rows.append({"config": config, "failure": repr(failure)[:100]})
             continue
@@ -154,7 +145,7 @@ def tune_matvec(name: str, fmt_name: str, deadline: float) -> dict | None:
     good = sorted((row for row in rows if "us" in row), key=lambda row: row["us"])
     if not good:
         return None
-    return {"shape": name, "format": fmt_name, "n": n, "k": k, "per_token": count, "bytes": first.nbytes,
+    return {"shape": name, "format": "int8", "n": n, "k": k, "per_token": count, "bytes": first.nbytes,
             "best": good[0], "top": good[:5], "wrong": [r for r in rows if "us" not in r][:5]}  # fmt: skip
 
 
@@ -214,7 +205,7 @@ def tune_matmul(name: str, fmt_name: str, tokens: int, deadline: float) -> dict 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--kernel", choices=["matvec", "matmul", "both"], default="both")
+    parser.add_argument("--kernel", choices=["matvec_int8", "matmul", "both"], default="both")
     parser.add_argument("--seconds", type=float, default=200)
     arguments = parser.parse_args()
     deadline = time.time() + arguments.seconds
@@ -231,24 +222,17 @@ def main() -> None:
         "rows": [],
     }
     print(f"{state}\ncopy {copy / 1e9:.0f} GB/s")
-    matvecs = (
-        [(s, f) for f in ("int4_min", "int6", "int4", "int8") for s in SHAPES] if arguments.kernel != "matmul" else []
-    )
-    matmuls = (
-        [(s, f) for f in ("int4_min", "int6") for s in ("gate_up", "down", "qkv", "o")]
-        if arguments.kernel != "matvec"
-        else []
-    )
-    for name, fmt_name in matvecs:
-        row = tune_matvec(name, fmt_name, deadline)
+    for name in SHAPES if arguments.kernel != "matmul" else ():
+        row = tune_matvec(name, deadline)
         if row:
-            document["rows"].append({"kernel": "matvec", **row})
+            document["rows"].append({"kernel": "matvec_int8", **row})
             best = row["best"]
-            print(f"matvec {name:8} {fmt_name:8} {best['us']:7.1f} us {best['gb_s']:5.0f} GB/s "
+            print(f"matvec_int8 {name:8} {best['us']:7.1f} us {best['gb_s']:5.0f} GB/s "
                   f"{100 * best['gb_s'] * 1e9 / copy:3.0f} % {best['config']} {best['error']:.0e}", flush=True)  # fmt: skip
         torch.cuda.empty_cache()
         arguments.out.write_text(json.dumps(document, indent=1))
-    for name, fmt_name in matmuls:
+    matmuls = [(s, f) for f in ("int4_min", "int6") for s in ("gate_up", "down", "qkv", "o")]
+    for name, fmt_name in matmuls if arguments.kernel != "matvec_int8" else ():
         row = tune_matmul(name, fmt_name, 2048, deadline)
         if row:
             document["rows"].append({"kernel": "matmul", **row})

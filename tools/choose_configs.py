@@ -4,7 +4,8 @@
     python tools/choose_configs.py record                      # its facts into bench/results/occupancy-facts.json
     python tools/choose_configs.py rank --target sm_86         # what the model says of each table's entry
 
-Compiling is skipped for what is there already. `bench/time_candidates.py` times the machine code on a GPU, and
+Compiling is skipped for what is there already. With `--kernel matvec` the first two do one kernel alone; recorded facts
+of the others stay. `bench/time_candidates.py` times the machine code on a GPU, and
 
     python tools/choose_configs.py check bench/results/occupancy-h200.json
 
@@ -21,7 +22,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from operator import truediv
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,12 @@ sys.path.insert(0, str(ROOT))
 from gemma4cli.kernels.attention.configs import decode_config, prefill_config  # noqa: E402
 from gemma4cli.kernels.machine_code import read_profile  # noqa: E402
 from gemma4cli.kernels.occupancy import Facts, Load, predict, resident_programs  # noqa: E402
-from gemma4cli.kernels.quantized_matmul.configs import matmul_config, matvec_config  # noqa: E402
+from gemma4cli.kernels.quantized_matmul.configs import MATVEC_NARROW, matmul_config, matvec_config  # noqa: E402
 from gemma4cli.kernels.targets import TARGETS, Target, get_target  # noqa: E402
 
 FOLDER = ROOT / "build" / "candidates"
 RECORDED = ROOT / "bench" / "results" / "occupancy-facts.json"
+KERNELS = ("matvec", "matmul", "split", "attend", "combine")
 MEASURED = "sm_90"  # the target whose tables are timed, not chosen
 
 
@@ -45,7 +47,7 @@ class Candidate:
     """One configuration of one kernel for one kind of weight or cache.
 
     Attributes:
-        kernel: "matvec", "matmul", "split", "attend" or "combine".
+        kernel: one of KERNELS.
         case: weight format ("int4_min", "int6"), kind of cache ("ring", "folded" ...).
         size: K of a product, the head's size of attention: constants of the machine code.
         config: as in configs.py; split's first number, the shares, is last.
@@ -65,15 +67,14 @@ class Candidate:
         return "-".join(map(str, (self.kernel, self.case, self.size, *self.config)))
 
 
-# (BLOCK_N, BLOCK_B, warps, stages, registers): 8 to 32 words a thread and step; with more registers than the assembler
-# takes of itself only where it takes few.
+# (rows, warps, warps_k, registers): a limit only for two rows, where the assembler takes more than it makes use of.
 MATVEC = [
-    (n, b, warps, 2, registers)
-    for n in (1, 2, 4, 8)
-    for b in (8, 16, 32, 64)
+    (rows, warps, warps_k, registers)
+    for rows in (1, 2, 4)
     for warps in (1, 2, 4)
-    for registers in (0, 80)
-    if 8 <= n * b * 8 // (32 * warps) <= (8 if registers else 32)
+    for warps_k in (1, 2, 4)
+    for registers in ((0, 72, 80) if rows == 2 else (0,))
+    if warps * warps_k <= 4
 ]
 # (BLOCK_N, BLOCK_M, GROUP_M, warps, stages)
 MATMUL = [
@@ -128,7 +129,7 @@ def _arguments(candidate: Candidate, dependent_launch: bool) -> tuple[Any, dict[
 
     from gemma4cli.kernels.attention import decode, prefill
     from gemma4cli.kernels.attention.configs import COMBINE_BLOCK_D
-    from gemma4cli.kernels.quantized_matmul import decode as matrix_decode
+    from gemma4cli.kernels.quantized_matmul import matvec
     from gemma4cli.kernels.quantized_matmul import prefill as matrix_prefill
 
     bits, group, has_min = {"int4_min": (4, 32, True), "int6": (6, 16, False)}.get(candidate.case, (0, 0, False))
@@ -144,11 +145,11 @@ def _arguments(candidate: Candidate, dependent_launch: bool) -> tuple[Any, dict[
     }  # fmt: skip
     shares = {"partial_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
     if candidate.kernel == "matvec":
-        n, b, warps, stages, registers = candidate.config
-        return matrix_decode.matvec, {
-            **weight, "xq_ptr": "*i32", "scale_ptr": "*fp32", "total_ptr": "*fp32", "N": "i32", "BLOCK_N": n,
-            "BLOCK_B": b, "DP4A": True, "PDL": dependent_launch, "REGISTERS": registers,
-        }, warps, stages  # fmt: skip
+        rows, warps, warps_k, registers = candidate.config
+        return matvec.matvec, {
+            **weight, "xq_ptr": "*i32", "scale_ptr": "*fp32", "total_ptr": "*fp32", "N": "i32", "ROWS_A_WARP": rows,
+            "WR": warps, "WK": warps_k, "DP4A": True, "PDL": dependent_launch, "REGISTERS": registers,
+        }, warps * warps_k, 1  # fmt: skip
     if candidate.kernel == "matmul":
         n, m, group_m, warps, stages = candidate.config
         return matrix_prefill.matmul, {
@@ -194,14 +195,14 @@ def _compile(job: tuple[Candidate, str]) -> str:
     return f"{candidate.name}: {row.get('registers', row.get('failure'))}"
 
 
-def compile_all(target: str, jobs: int) -> None:
+def compile_all(target: str, jobs: int, kernel: str | None) -> None:
     folder = FOLDER / target
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(FOLDER / "triton")
     missing = [
         (candidate, target)
         for candidate in candidates(measured=target == MEASURED)
-        if not (folder / f"{candidate.name}.json").exists()
+        if kernel in (None, candidate.kernel) and not (folder / f"{candidate.name}.json").exists()
     ]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for done, line in enumerate(pool.imap_unordered(_compile, missing), 1):
@@ -228,10 +229,10 @@ def load_of(candidate: Candidate, shape: str, facts: Facts) -> Load:
     kernel, case, size, config, profile = *astuple(candidate), facts.profile
     if kernel == "matvec":
         n, k = PRODUCTS[shape]
-        block_n, block_b = config[:2]
-        dots = math.ceil(k / 64 / block_b) * block_b * 16 * block_n / 32 / facts.warps
+        rows, warps, warps_k = config[:3]
+        dots = math.ceil(k / 64 / (16 * warps_k)) * 8 * rows  # of a warp; a step is 16 blocks a warp, in 32 threads
         passes = (dots - profile.once.dots) / profile.loop.dots if profile.loop else 0
-        return Load(math.ceil(n / block_n), passes, n * k * BYTES_PER_WEIGHT[case])
+        return Load(math.ceil(n / (rows * warps)), passes, n * k * BYTES_PER_WEIGHT[case])
     if kernel == "matmul":
         n, k = PRODUCTS[shape]
         block_n, block_m = config[:2]
@@ -270,10 +271,12 @@ class Entry:
 
 def entries() -> list[Entry]:
     """Those that the model is asked about; ``ring_attention``, which decodes over a ring, is not among them."""
-    found = [
-        Entry("matvec", "matvec", [(case, k, shape) for case in BYTES_PER_WEIGHT for shape, (_, k) in PRODUCTS.items()],
-              lambda target: astuple(matvec_config(target, 5376)))
-    ]  # fmt: skip
+    found = []
+    for name, narrow in (("matvec", False), ("matvec narrow", True)):
+        shapes = [shape for shape in PRODUCTS if _is_narrow(shape) == narrow]
+        places = [(case, PRODUCTS[shape][1], shape) for case in BYTES_PER_WEIGHT for shape in shapes]
+        present = lambda target, n_k=PRODUCTS[shapes[0]]: astuple(matvec_config(target, *n_k))  # noqa: E731
+        found.append(Entry(name, "matvec", places, present))
     for case, bits in (("int4_min", 4), ("int6", 6)):
         places = [(case, PRODUCTS[shape][1], shape) for shape in ("gate_up", "down", "qkv")]
         present = lambda target, b=bits: astuple(matmul_config(target, b))  # noqa: E731
@@ -287,6 +290,11 @@ def entries() -> list[Entry]:
         present = lambda target, k=kind, s=size: astuple(prefill_config(target, s, k))  # noqa: E731
         found.append(Entry(f"prefill {kind}", "attend", places, present))
     return found
+
+
+def _is_narrow(shape: str) -> bool:
+    """Whether MATVEC_NARROW serves it, of targets that are there: the others' one entry has to do for it, too."""
+    return matvec_config(get_target(MEASURED), *PRODUCTS[shape]) is MATVEC_NARROW[MEASURED]
 
 
 def _decode(target: Target, kind: str) -> tuple[int, ...]:
@@ -324,8 +332,6 @@ class Model:
 
     def seconds(self, candidate: Candidate, shape: str) -> float | None:
         """Of split with the combining kernel after it; None where there is no such machine code, or it does not fit."""
-        if shape == "lm_head":  # as matvec_config has it
-            candidate = replace(candidate, config=(*candidate.config[:-1], 0))
         facts = self.find(candidate)
         if facts is None or not resident_programs(facts, self.target):
             return None
@@ -349,18 +355,20 @@ def _read(path: Path) -> dict[str, Any] | None:
     return row
 
 
-def record() -> None:
-    """Write the facts of what has been compiled to the file that the tables and their test go by.
+def record(kernel: str | None) -> None:
+    """Write the facts of what has been compiled, of one kernel or all, to the file that the tables and the test go by.
 
     Those of MEASURED must be of the machine code that was timed: compile, time and record it together, or leave it.
     """
-    needed = {candidate.name for candidate in candidates(measured=False)}
+    needed = {one.name for one in candidates(measured=False) if kernel in (None, one.kernel)}
     document = json.loads(RECORDED.read_text())
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for name in TARGETS:
             paths = [path for path in sorted((FOLDER / name).glob("*.json")) if path.stem in needed]
             if paths:
-                document[name] = [row for row in pool.imap(_read, paths, chunksize=8) if row]
+                others = [row for row in document[name] if kernel not in (None, row["kernel"])]
+                rows = others + [row for row in pool.imap(_read, paths, chunksize=8) if row]
+                document[name] = sorted(rows, key=lambda row: Candidate.of(row).name)
     lines = ",\n".join(
         f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) + "\n]"
         for name, rows in document.items()
@@ -445,14 +453,15 @@ def main() -> None:
     build = commands.add_parser("compile")
     build.add_argument("--target", required=True)
     build.add_argument("--jobs", type=int, default=2)
-    commands.add_parser("record")
+    build.add_argument("--kernel", choices=KERNELS)
+    commands.add_parser("record").add_argument("--kernel", choices=KERNELS)
     commands.add_parser("rank").add_argument("--target", required=True)
     commands.add_parser("check").add_argument("measured", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "compile":
-        compile_all(arguments.target, arguments.jobs)
+        compile_all(arguments.target, arguments.jobs, arguments.kernel)
     elif arguments.command == "record":
-        record()
+        record(arguments.kernel)
     elif arguments.command == "rank":
         rank(arguments.target)
     else:

@@ -12,7 +12,7 @@ from gemma4cli.kernels.attention.configs import decode_config
 from gemma4cli.kernels.compile import KernelCode, compile_kernel
 from gemma4cli.kernels.targets import TARGETS, Target
 from tests.kernels.test_decode_fusions import kernels as fused_kernels
-from tests.kernels.test_quantized_matmul import compile_matvec
+from tests.kernels.test_quantized_matmul import compile_matvec, compile_pair
 
 WAIT, START = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 READ, WRITTEN = r"\bld\.global", r"\b(st|atom|red)\.global|cp\.async"
@@ -35,7 +35,8 @@ def kernels(target: Target) -> list[KernelCode]:
             target, num_warps=config.num_warps, num_stages=config.num_stages,
         ))  # fmt: skip
     found += [compile_matvec(target, *fmt) for fmt in ((4, 32, True), (8, 32, False))]
-    return [*found, compile_matvec(target, 4, 32, True, k=21504)]  # long rows: two steps at a time
+    # Long rows, two steps at a time, and rows that warps share.
+    return [*found, *(compile_matvec(target, 4, 32, True, n=5376, k=k) for k in (21504, 8192))]
 
 
 @pytest.mark.parametrize("target_name", ["sm_90", "sm_120"])
@@ -46,6 +47,17 @@ def test_nothing_is_written_before_the_wait(target_name: str) -> None:
         assert not re.search(WRITTEN, before), code.name
         assert bool(re.search(READ, before)) == (code.name in READERS), code.name
         assert re.search(READ, code.ptx[code.ptx.index(WAIT) :]), code.name
+
+
+def test_each_half_of_a_pair_waits() -> None:
+    """Two products in one launch: programs of one take one way through it, those of the other another."""
+    code = compile_pair(TARGETS["sm_90"], (4, 32, True), (6, 16, False))
+    assert (code.ptx.count(START), code.ptx.count(WAIT)) == (1, 2)
+    before, first, second = code.ptx.split(WAIT)
+    assert not re.search(WRITTEN, before)
+    assert re.search(READ, before)
+    for way in (first, second):
+        assert re.search(r"\bst\.global", way)
 
 
 def test_older_gpus_launch_in_plain_order() -> None:

@@ -27,10 +27,9 @@ FACTS = Facts(registers=72, local_bytes=0, shared_bytes=0, warps=1, profile=Prof
 
 @pytest.mark.parametrize("name", ["sm_86", "sm_90"])
 def test_machine_code_tells_what_a_program_multiplies(name: str) -> None:
-    """A step is `block_k` 64-wide blocks of `block_n` rows: 8 words each, their nibbles in two products."""
+    """A step is 16 blocks of 64 columns of each of a warp's rows: 8 words each, their nibbles in two products."""
     target = TARGETS[name]
-    config = matvec_config(target, 5376)
-    step = config.block_n * config.block_k * 8 * 2 // (32 * config.num_warps)
+    step = matvec_config(target, 5376, 5376).rows * 16 * 8 * 2 // 32
     short = read_profile(compile_matvec(target, 4, 32, True, k=5376).cubin)
     assert (short.loop, short.once.dots) == (None, 6 * step)
     long = read_profile(compile_matvec(target, 4, 32, True, k=21504).cubin)

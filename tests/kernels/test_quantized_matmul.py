@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import triton.language as tl
 
 from gemma4cli.errors import G4Error
+from gemma4cli.export.cuda.layers import FusedLinear
+from gemma4cli.kernels import quantized_matmul
 from gemma4cli.kernels.compile import KernelCode, compile_kernel
-from gemma4cli.kernels.quantized_matmul import configs, decode, matmul, prefill, reference
-from gemma4cli.kernels.quantized_matmul.format import assemble, dequantize, encode_scales, pack, unpack_codes
+from gemma4cli.kernels.quantized_matmul import configs, decode, matmul, matvec, prefill, reference
+from gemma4cli.kernels.quantized_matmul.format import (
+    WeightFormat,
+    assemble,
+    dequantize,
+    encode_scales,
+    pack,
+    unpack_codes,
+)
 from gemma4cli.kernels.targets import TARGETS, Target, compiling_for, get_target
 from tests.support.packed_weights import FORMATS, random_weight
 
@@ -73,15 +84,41 @@ MATRIX_POINTERS = {"codes_ptr": "*i32", "high_ptr": "*i32", "sub_ptr": "*i8", "s
 
 
 def compile_matvec(
-    target: Target, bits: int, group_size: int, has_min: bool, rows: int = 5376, k: int = 5376
+    target: Target, bits: int, group_size: int, has_min: bool, n: int = 16384, k: int = 5376
 ) -> KernelCode:
-    config = configs.matvec_config(target, rows)
-    arguments = {**POINTERS, "K": k, "BLOCK_N": config.block_n, "DP4A": True, "PDL": target.dependent_launch}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    arguments = {**POINTERS, "K": k, "DP4A": True, "PDL": target.dependent_launch}
     if bits == 8:
-        return compile_kernel(decode.matvec_int8, {**arguments, "BLOCK_G": config.block_k}, target, **options)
-    fmt = {"BITS": bits, "GROUP": group_size, "HAS_MIN": has_min, "REGISTERS": config.registers}
-    return compile_kernel(decode.matvec, {**arguments, **fmt, "BLOCK_B": config.block_k}, target, **options)
+        int8 = configs.MATVEC_INT8[target.name]
+        return compile_kernel(
+            decode.matvec_int8, {**arguments, "BLOCK_N": int8.block_n, "BLOCK_G": int8.block_g}, target,
+            num_warps=int8.num_warps, num_stages=int8.num_stages,
+        )  # fmt: skip
+    fmt = {"BITS": bits, "GROUP": group_size, "HAS_MIN": has_min}
+    return compile_kernel(
+        matvec.matvec, {**arguments, **fmt, **launch_of(target, n, k)}, target, **warps_of(target, n, k)
+    )
+
+
+def compile_pair(
+    target: Target, first: tuple[int, int, bool], second: tuple[int, int, bool], n: int = 16384, k: int = 5376
+) -> KernelCode:
+    pointers = {**POINTERS, "N": "i32:16"}  # of every matrix in use: 31B and the tests' models
+    arguments = {name: pointers[name.replace("2", "")] for name in matvec.matvec_pair.arg_names
+                 if name.replace("2", "") in pointers}  # fmt: skip
+    names = ("BITS", "GROUP", "HAS_MIN")
+    formats = dict(zip(names, first, strict=True)) | {f"{a}2": b for a, b in zip(names, second, strict=True)}
+    options = {"K": k, "DP4A": True, "PDL": target.dependent_launch, **launch_of(target, n, k)}
+    return compile_kernel(matvec.matvec_pair, {**arguments, **formats, **options}, target, **warps_of(target, n, k))
+
+
+def launch_of(target: Target, n: int, k: int) -> dict[str, int]:
+    config = configs.matvec_config(target, n, k)
+    return {"ROWS_A_WARP": config.rows, "WR": config.warps, "WK": config.warps_k, "REGISTERS": config.registers}
+
+
+def warps_of(target: Target, n: int, k: int) -> dict[str, int]:
+    config = configs.matvec_config(target, n, k)
+    return {"num_warps": config.warps * config.warps_k, "num_stages": 1}
 
 
 def compile_matmul(target: Target, bits: int, group_size: int, has_min: bool, k: int) -> KernelCode:
@@ -107,14 +144,45 @@ def test_every_configuration_fits_its_target(target: Target, bits: int, group_si
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize(("bits", "group_size", "has_min"), [(4, 32, True), (6, 16, False)])
-def test_the_longest_rows_of_q4_k_m_fit(target: Target, bits: int, group_size: int, has_min: bool) -> None:
+def test_the_rows_of_q4_k_m_fit(target: Target, bits: int, group_size: int, has_min: bool) -> None:
     """Longer rows once took an address more per row of x than there were registers."""
     assert_fits(compile_matmul(target, bits, group_size, has_min, 21504), target)
-    assert_fits(compile_matvec(target, bits, group_size, has_min, k=21504), target)
+    for k in (8192, 16384, 21504):
+        assert_fits(compile_matvec(target, bits, group_size, has_min, n=5376, k=k), target)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_two_formats_in_one_launch_fit(target: Target) -> None:
+    """A sliding layer of Q4_K_M: queries and keys of 4 bits, values of 6."""
+    assert_fits(compile_pair(target, (4, 32, True), (6, 16, False)), target)
 
 
 def test_a_limit_of_registers_reaches_the_assembler() -> None:
     """What is limited has more than the assembler would take of itself, and no more than the limit."""
-    target = TARGETS["sm_90"]
-    assert f".maxnreg {configs.matvec_config(target, 5376).registers}" in compile_matvec(target, 4, 32, True).ptx
-    assert "maxnreg" not in compile_matvec(target, 6, 16, False, rows=262144).ptx
+    limit = configs.matvec_config(TARGETS["sm_90"], 16384, 5376).registers
+    assert f".maxnreg {limit}" in compile_matvec(TARGETS["sm_90"], 4, 32, True).ptx
+    assert "maxnreg" not in compile_matvec(TARGETS["sm_86"], 4, 32, True).ptx
+
+
+def test_a_matvec_moves_nothing_from_thread_to_thread_inside_its_loop() -> None:
+    """Its layouts are written so that a thread keeps what it has loaded; a sum over 16 blocks' halves ends a row."""
+    code = compile_matvec(TARGETS["sm_90"], 4, 32, True)
+    assert code.ptx.count("shfl.sync") == 5 * 2  # halves of 32 lanes, for two rows
+    assert code.shared_bytes == 0
+
+
+def test_decoding_a_matrix_of_two_formats_is_one_launch() -> None:
+    formats = [WeightFormat(4, 32, True), WeightFormat(6, 16, False)]
+    linear = FusedLinear(["q_proj", "k_proj", "v_proj"], [formats[0], formats[0], formats[1]], [8, 4, 4], 256)
+    weights = [random_weight(f.bits, f.group_size, f.has_min, n, 256)[0]
+               for f, n in ((formats[0], 8), (formats[0], 4), (formats[1], 4))]  # fmt: skip
+    for name, weight in zip(("q_proj", "k_proj", "v_proj"), weights, strict=True):
+        linear.put(name, weight)
+    x = torch.randn(1, 256, generator=torch.Generator().manual_seed(5))
+    with mock.patch.object(
+        quantized_matmul, "quantized_matvec_pair", wraps=quantized_matmul.quantized_matvec_pair
+    ) as op:
+        outputs = linear.matvec(quantized_matmul.quantize(x))
+    assert op.call_count == 1
+    for output, weight in zip(outputs, weights, strict=True):
+        assert torch.equal(output, reference.matmul_int8(x, weight).bfloat16())

@@ -206,7 +206,7 @@ def test_every_target_and_kv_format_compiles(target: str, kv_format: str, tmp_pa
     early = {symbol.name for symbol in Elf(memoryview(library.code)).symbols if symbol.name == "cuLaunchKernelEx"}
     assert bool(early) == TARGETS[target].dependent_launch
     # A limit of registers reaches the assembler: EIATTR_MAXREG_COUNT (0x1B), a half word (0x03), in `.nv.info`.
-    limit = matvec_config(TARGETS[target], 64).registers
+    limit = matvec_config(TARGETS[target], 64, 256).registers
     assert (bytes((0x03, 0x1B, limit, 0x00)) in library.code) == (limit > 0)
 
 

@@ -18,7 +18,7 @@ from gemma4cli.kernels.attention import reference, turboquant
 from gemma4cli.kernels.attention.cache import AttentionCache
 from gemma4cli.kernels.gated_gelu import gated_gelu
 from gemma4cli.kernels.head_rope import head_rope
-from gemma4cli.kernels.quantized_matmul import Int8Rows, quantized_matmul, quantized_matvec
+from gemma4cli.kernels.quantized_matmul import Int8Rows, matvec_pair, quantized_matmul, quantized_matvec
 from gemma4cli.kernels.quantized_matmul.format import PackedWeight, WeightFormat, dequantize
 from gemma4cli.kernels.ring_attention import ring_attention
 from gemma4cli.model.config import Gemma4Config, LayerConfig
@@ -44,6 +44,10 @@ class CudaMatrix(PackedMatrix):
         return quantized_matvec(
             *rows, self.codes, self.high, self.sub, self.step, fmt.bits, fmt.group_size, fmt.has_min, torch.bfloat16
         )
+
+    @property
+    def weight(self) -> PackedWeight:
+        return PackedWeight(self.format, (self.rows, self.columns), self.codes, self.high, self.sub, self.step)
 
     def rows_of(self, index: Tensor) -> Tensor:
         """Return the rows `index` [T] as float32 [T, K]."""
@@ -88,6 +92,9 @@ class FusedLinear(nn.Module):
 
     def matvec(self, rows: Int8Rows) -> list[Tensor]:
         """``forward`` of activations that are int8 already."""
+        if len(self.matrices) == 2 and all(matrix.format.bits < 8 for matrix in self.matrices):
+            first, second = (matrix.weight for matrix in self.matrices)
+            return self._split(matvec_pair(rows, first, second, torch.bfloat16))
         return self._split([matrix.matvec(rows) for matrix in self.matrices])
 
     def _split(self, outputs: Sequence[Tensor]) -> list[Tensor]:

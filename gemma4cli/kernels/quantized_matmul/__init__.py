@@ -1,7 +1,7 @@
 """Activations times a low-bit weight: `g4::quantized_matmul`, for every M from a decoded token to a prefill chunk.
 
 One op whatever the bits: the format travels as three integers, so a graph says what it multiplies with. On a GPU, M = 1
-takes the int8-activation matrix-vector kernel (``decode``), anything else the tensor-core kernel (``prefill``); on a
+takes the int8-activation matrix-vector kernel (``matvec``), anything else the tensor-core kernel (``prefill``); on a
 CPU both take the reference, so that exported graphs run without a GPU.
 """
 
@@ -15,8 +15,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from gemma4cli.kernels.quantized_matmul import decode, prefill, reference
-from gemma4cli.kernels.quantized_matmul.configs import QUANTIZE_ROWS_GROUPS, matmul_config, matvec_config
+from gemma4cli.kernels.quantized_matmul import decode, matvec, prefill, reference
+from gemma4cli.kernels.quantized_matmul.configs import (
+    MATVEC_INT8,
+    QUANTIZE_ROWS_GROUPS,
+    matmul_config,
+    matvec_config,
+)
 from gemma4cli.kernels.quantized_matmul.format import PackedWeight, WeightFormat
 from gemma4cli.kernels.targets import current_target
 
@@ -89,23 +94,23 @@ def _matvec(
     dtype: torch.dtype,
 ) -> Tensor:
     m, k, n = words.shape[0], words.shape[1] * 4, codes.shape[0]
-    config = matvec_config(current_target(), n)
+    target = current_target()
     y = torch.empty((m, n), dtype=dtype, device=words.device)
-    grid = (triton.cdiv(n, config.block_n), m)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if bits == 8:
-        wrap_triton(decode.matvec_int8)[grid](
+        int8 = MATVEC_INT8[target.name]
+        wrap_triton(decode.matvec_int8)[(triton.cdiv(n, int8.block_n), m)](
             codes, sub, step, words, scale, y, n,
-            K=k, BLOCK_N=config.block_n, BLOCK_G=config.block_k, DP4A=True,
-            PDL=current_target().dependent_launch, **options,
+            K=k, BLOCK_N=int8.block_n, BLOCK_G=int8.block_g, DP4A=True, PDL=target.dependent_launch,
+            num_warps=int8.num_warps, num_stages=int8.num_stages,
         )  # fmt: skip
-    else:
-        wrap_triton(decode.matvec)[grid](
-            codes, codes if high is None else high, sub, step, words, scale, total, y, n,
-            K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min,
-            BLOCK_N=config.block_n, BLOCK_B=config.block_k, DP4A=True,
-            PDL=current_target().dependent_launch, REGISTERS=config.registers, **options,
-        )  # fmt: skip
+        return y
+    config = matvec_config(target, n, k)
+    wrap_triton(matvec.matvec)[(triton.cdiv(n, config.program_rows), m)](
+        codes, codes if high is None else high, sub, step, words, scale, total, y, n,
+        K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min,
+        ROWS_A_WARP=config.rows, WR=config.warps, WK=config.warps_k, DP4A=True,
+        PDL=target.dependent_launch, REGISTERS=config.registers, num_warps=config.warps * config.warps_k,
+    )  # fmt: skip
     return y
 
 
@@ -161,6 +166,77 @@ def _cpu_matvec(
     shape = (codes.shape[0], words.shape[1] * 4)
     weight = PackedWeight(WeightFormat(bits, group_size, has_min), shape, codes, high, sub, step)
     return reference.matvec_int8(words.view(torch.int8), scale, weight).to(dtype)
+
+
+def matvec_pair(rows: Int8Rows, first: PackedWeight, second: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One row times two weights [N, K] and [N2, K] of 4 or 6 bits: [1, N] and [1, N2] in `dtype`, in one launch."""
+    parts = [(w.codes, w.high, w.sub, w.step, w.format.bits, w.format.group_size, w.format.has_min)
+             for w in (first, second)]  # fmt: skip
+    y = quantized_matvec_pair(*rows, *parts[0], *parts[1], dtype)
+    return y[:, : first.shape[0]], y[:, first.shape[0] :]
+
+
+@triton_op("g4::quantized_matvec_pair", mutates_args={})
+def quantized_matvec_pair(
+    words: Tensor,
+    scale: Tensor,
+    total: Tensor,
+    codes: Tensor,
+    high: Tensor | None,
+    sub: Tensor,
+    step: Tensor,
+    bits: int,
+    group_size: int,
+    has_min: bool,
+    codes2: Tensor,
+    high2: Tensor | None,
+    sub2: Tensor,
+    step2: Tensor,
+    bits2: int,
+    group_size2: int,
+    has_min2: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``quantized_matvec`` of one row with two weights, one result after the other: [1, N + N2]."""
+    k, n, n2 = words.shape[1] * 4, codes.shape[0], codes2.shape[0]
+    target = current_target()
+    config = matvec_config(target, n + n2, k)
+    y = torch.empty((1, n + n2), dtype=dtype, device=words.device)
+    programs = triton.cdiv(n, config.program_rows) + triton.cdiv(n2, config.program_rows)
+    wrap_triton(matvec.matvec_pair)[(programs,)](
+        codes, codes if high is None else high, sub, step, codes2, codes2 if high2 is None else high2, sub2, step2,
+        words, scale, total, y, n, n2,
+        K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min, BITS2=bits2, GROUP2=group_size2, HAS_MIN2=has_min2,
+        ROWS_A_WARP=config.rows, WR=config.warps, WK=config.warps_k, DP4A=True,
+        PDL=target.dependent_launch, REGISTERS=config.registers, num_warps=config.warps * config.warps_k,
+    )  # fmt: skip
+    return y
+
+
+@quantized_matvec_pair.register_kernel("cpu")
+def _cpu_matvec_pair(
+    words: Tensor,
+    scale: Tensor,
+    total: Tensor,
+    codes: Tensor,
+    high: Tensor | None,
+    sub: Tensor,
+    step: Tensor,
+    bits: int,
+    group_size: int,
+    has_min: bool,
+    codes2: Tensor,
+    high2: Tensor | None,
+    sub2: Tensor,
+    step2: Tensor,
+    bits2: int,
+    group_size2: int,
+    has_min2: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    first = _cpu_matvec(words, scale, total, codes, high, sub, step, bits, group_size, has_min, dtype)
+    second = _cpu_matvec(words, scale, total, codes2, high2, sub2, step2, bits2, group_size2, has_min2, dtype)
+    return torch.cat([first, second], dim=1)
 
 
 @quantized_matmul.register_kernel("cpu")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemma4cli.kernels.quantized_matmul.decode import _byte
+from gemma4cli.kernels.quantized_matmul.words import signed_byte
 
 
 @triton.jit
@@ -104,11 +104,11 @@ def _two_groups(word, FIRST: tl.constexpr, step, step_min, BITS: tl.constexpr, H
     # 2^(23 - p) of ``_codes``: the second group of 4-bit codes is the high nibbles.
     RANGE: tl.constexpr = 64.0 if BITS == 6 else 256.0
     SECOND_RANGE: tl.constexpr = 16.0 if BITS == 4 else RANGE
-    scale = _byte(word, FIRST) * (step * RANGE)
-    second = _byte(word, SECOND) * (step * SECOND_RANGE)
+    scale = signed_byte(word, FIRST) * (step * RANGE)
+    second = signed_byte(word, SECOND) * (step * SECOND_RANGE)
     if HAS_MIN:
-        offset = scale + _byte(word, FIRST + 1) * step_min
-        second_offset = second + _byte(word, SECOND + 1) * step_min
+        offset = scale + signed_byte(word, FIRST + 1) * step_min
+        second_offset = second + signed_byte(word, SECOND + 1) * step_min
     else:
         ZERO: tl.constexpr = 1 << (BITS - 1)
         offset = scale * (1 + ZERO / RANGE)

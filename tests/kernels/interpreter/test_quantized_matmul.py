@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4cli.kernels.quantized_matmul import decode, prefill, reference
+from gemma4cli.kernels.quantized_matmul import decode, matvec, prefill, reference
 from gemma4cli.kernels.quantized_matmul.format import PackedWeight
+from tests.support.gluon_interpreter import interpreted
 from tests.support.packed_weights import FORMATS, random_weight, relative_error
 
 
@@ -27,23 +28,62 @@ def test_quantize_rows_equals_the_reference(m: int, k: int) -> None:
     torch.testing.assert_close(total, expected_total, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "has_min"), FORMATS)
-@pytest.mark.parametrize(("n", "k", "m"), [(1, 128, 1), (35, 384, 1), (6, 1152, 3), (5, 2048, 1), (3, 2432, 1)])
+def run_matvec(x: torch.Tensor, weight: PackedWeight, warps: tuple[int, int, int] = (2, 1, 1)) -> torch.Tensor:
+    """`warps`: rows of a warp, warps side by side, warps that share a row."""
+    fmt, (n, k), m = weight.format, weight.shape, x.shape[0]
+    xq, scale, total = reference.quantize_activations(x)
+    y = torch.full((m, n), torch.nan)
+    interpreted(matvec.matvec)[(triton.cdiv(n, warps[0] * warps[1]), m)](
+        weight.codes, weight.codes if weight.high is None else weight.high, weight.sub, weight.step,
+        xq.view(torch.int32), scale, total, y, n, k, fmt.bits, fmt.group_size, fmt.has_min, *warps, False, False, 0,
+    )  # fmt: skip
+    return y
+
+
+LOW_BITS = [fmt for fmt in FORMATS if fmt[0] != 8]
+# One step and a part of one, six steps unrolled, pairs of steps with one left over and with none, a row shared by warps.
+MATVEC_SHAPES = [(1, 128, 1), (35, 384, 1), (6, 1152, 3), (5, 6144, 1), (3, 8320, 1), (3, 9216, 1)]
+WARPS = [(2, 1, 1), (1, 2, 1), (2, 2, 2), (1, 1, 4)]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "has_min"), LOW_BITS)
+@pytest.mark.parametrize(("n", "k", "m"), MATVEC_SHAPES)
 def test_matvec_equals_the_reference(bits: int, group_size: int, has_min: bool, n: int, k: int, m: int) -> None:
     weight, _, _ = random_weight(bits, group_size, has_min, n, k)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(n))
-    xq, scale, total = reference.quantize_activations(x)
+    expected = reference.matmul_int8(x, weight)
+    for warps in WARPS if k < 1024 else WARPS[::3]:
+        assert relative_error(run_matvec(x, weight, warps), expected) < 1e-5, warps  # float32 sums in another order
+
+
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 128, 1), (35, 384, 1), (6, 1152, 3)])
+def test_matvec_of_8_bits_equals_the_reference(n: int, k: int, m: int) -> None:
+    weight, _, _ = random_weight(8, 32, False, n, k)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(n))
+    xq, scale, _ = reference.quantize_activations(x)
     y = torch.full((m, n), torch.nan)
-    words, grid = xq.view(torch.int32), (triton.cdiv(n, 4), m)
-    if bits == 8:
-        decode.matvec_int8[grid](weight.codes, weight.sub, weight.step, words, scale, y, n, k, 4, 8, False)
-    else:
-        high = weight.codes if weight.high is None else weight.high
-        decode.matvec[grid](
-            weight.codes, high, weight.sub, weight.step, words, scale, total, y, n, k, bits, group_size, has_min, 4, 4,
-            False
-        )  # fmt: skip
-    assert relative_error(y, reference.matmul_int8(x, weight)) < 1e-5  # float32 sums in another order
+    decode.matvec_int8[(triton.cdiv(n, 4), m)](
+        weight.codes, weight.sub, weight.step, xq.view(torch.int32), scale, y, n, k, 4, 8, False
+    )
+    assert relative_error(y, reference.matmul_int8(x, weight)) < 1e-5
+
+
+@pytest.mark.parametrize("first_format", LOW_BITS)
+@pytest.mark.parametrize("second_format", LOW_BITS)
+def test_a_pair_is_one_matvec_after_the_other(
+    first_format: tuple[int, int, bool], second_format: tuple[int, int, bool]
+) -> None:
+    n, n2, k = 5, 6, 1152
+    first, second = random_weight(*first_format, n, k)[0], random_weight(*second_format, n2, k)[0]
+    x = torch.randn(1, k, generator=torch.Generator().manual_seed(3))
+    xq, scale, total = reference.quantize_activations(x)
+    y = torch.full((1, n + n2), torch.nan)
+    parts = [(w.codes, w.codes if w.high is None else w.high, w.sub, w.step) for w in (first, second)]
+    interpreted(matvec.matvec_pair)[(3 + 3,)](
+        *parts[0], *parts[1], xq.view(torch.int32), scale, total, y, n, n2, k, *first_format, *second_format,
+        2, 1, 1, False, False, 0,
+    )  # fmt: skip
+    assert torch.equal(y, torch.cat([run_matvec(x, first), run_matvec(x, second)], dim=1))
 
 
 def run_prefill(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
@@ -67,17 +107,6 @@ def test_prefill_equals_the_reference(bits: int, group_size: int, has_min: bool,
     weight, _, _ = random_weight(bits, group_size, has_min, n, k)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
     assert relative_error(run_prefill(x, weight), reference.matmul(x, weight)) < 1e-5
-
-
-def run_matvec(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    fmt, (n, k) = weight.format, weight.shape
-    xq, scale, total = reference.quantize_activations(x)
-    y = torch.full((1, n), torch.nan)
-    decode.matvec[(triton.cdiv(n, 4), 1)](
-        weight.codes, weight.codes, weight.sub, weight.step, xq.view(torch.int32), scale, total, y, n, k,
-        fmt.bits, fmt.group_size, fmt.has_min, 4, 4, False,
-    )  # fmt: skip
-    return y
 
 
 @pytest.mark.parametrize(("run", "m"), [(run_matvec, 1), (run_prefill, 5)])
