@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from gemma4cli.inspection.library import read_library
 from gemma4cli.inspection.program import read_program
 from gemma4cli.inspection.ptd import read_data_file
 from gemma4cli.kernels.quantized_matmul.configs import matvec_config
+from gemma4cli.kernels.quantized_matmul.format import WeightFormat
 from gemma4cli.kernels.sampling import sample_cuda
 from gemma4cli.kernels.targets import TARGETS, compiling_for
 from gemma4cli.model.kv_cache import CacheSpec
@@ -193,16 +195,22 @@ def test_compiling_elsewhere_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("target", "kv_format"), [("sm_80", "tq4"), ("sm_86", "bf16"), ("sm_90", "folded-tq4")])
 def test_every_target_and_kv_format_compiles(target: str, kv_format: str, tmp_path: Path) -> None:
-    """One full layer. Its rotations are 16 by 16, which Inductor would pad after timing it on a GPU that is not there."""
+    """One full layer, its keys of 6 bits beside queries of 4.
+
+    Its rotations are 16 by 16, which Inductor would pad after timing it on a GPU that is not there.
+    """
     only_full = WIDE | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
     source = tiny.write_checkpoint(tmp_path / "model", seed=3, **only_full)
     quantize_checkpoint(source, tmp_path / "quantized", load_recipe("default"))
     spec = CacheSpec(CONTEXT, CHUNK, torch.bfloat16)
     signature = Signature.of(open_checkpoint(tmp_path / "quantized"), spec, kv_format)
+    keys = "model.layers.0.self_attn.k_proj.weight"
+    signature = replace(signature, formats={**signature.formats, keys: WeightFormat(6, 16, False)})
     library = _compile_apart(signature, "decode", TARGETS[target], tmp_path)
     assert any("rotation" in name for name in library.constants) == kv_format.endswith("tq4")
     kernels = read_library(memoryview(library.code)).kernels
     assert {kernel.architecture.capability for kernel in kernels} == {TARGETS[target].capability}
+    assert [kernel.launches for kernel in kernels if kernel.facts.entry == "matvec_pair"] == [1]
     early = {symbol.name for symbol in Elf(memoryview(library.code)).symbols if symbol.name == "cuLaunchKernelEx"}
     assert bool(early) == TARGETS[target].dependent_launch
     # A limit of registers reaches the assembler: EIATTR_MAXREG_COUNT (0x1B), a half word (0x03), in `.nv.info`.
