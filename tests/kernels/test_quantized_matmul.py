@@ -171,6 +171,15 @@ def test_a_matvec_moves_nothing_from_thread_to_thread_inside_its_loop() -> None:
     assert code.shared_bytes == 0
 
 
+def test_high_nibbles_that_stay_in_place_are_unsigned() -> None:
+    """The interpreter has no dp4a: that codes of 16 times 8 and more do not count as negative can be read only here."""
+    products = {True: (48, 48), False: (96, 0)}  # of 6 steps, 2 rows, 4 words: signed ones, and unsigned ones
+    for bits, group_size, has_min in ((4, 32, True), (4, 32, False), (6, 16, False), (6, 32, True)):
+        ptx = compile_matvec(TARGETS["sm_90"], bits, group_size, has_min).ptx
+        counts = ptx.count("dp4a.s32.s32"), ptx.count("dp4a.u32.s32")
+        assert counts == products[bits == 4 and has_min], (bits, group_size, has_min)
+
+
 def test_decoding_a_matrix_of_two_formats_is_one_launch() -> None:
     formats = [WeightFormat(4, 32, True), WeightFormat(6, 16, False)]
     linear = FusedLinear(["q_proj", "k_proj", "v_proj"], [formats[0], formats[0], formats[1]], [8, 4, 4], 256)

@@ -7,7 +7,7 @@ CPU both take the reference, so that exported graphs run without a GPU.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,11 +19,12 @@ from gemma4cli.kernels.quantized_matmul import decode, matvec, prefill, referenc
 from gemma4cli.kernels.quantized_matmul.configs import (
     MATVEC_INT8,
     QUANTIZE_ROWS_GROUPS,
+    MatvecConfig,
     matmul_config,
     matvec_config,
 )
 from gemma4cli.kernels.quantized_matmul.format import PackedWeight, WeightFormat
-from gemma4cli.kernels.targets import current_target
+from gemma4cli.kernels.targets import Target, current_target
 
 
 class Int8Rows(NamedTuple):
@@ -107,11 +108,17 @@ def _matvec(
     config = matvec_config(target, n, k)
     wrap_triton(matvec.matvec)[(triton.cdiv(n, config.program_rows), m)](
         codes, codes if high is None else high, sub, step, words, scale, total, y, n,
-        K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min,
-        ROWS_A_WARP=config.rows, WR=config.warps, WK=config.warps_k, DP4A=True,
-        PDL=target.dependent_launch, REGISTERS=config.registers, num_warps=config.warps * config.warps_k,
+        K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min, **_program(target, config),
     )  # fmt: skip
     return y
+
+
+def _program(target: Target, config: MatvecConfig) -> dict[str, int | bool]:
+    """What a launch of ``matvec`` or ``matvec_pair`` is told of its programs."""
+    return {
+        "ROWS_A_WARP": config.rows, "WR": config.warps, "WK": config.warps_k, "DP4A": True,
+        "PDL": target.dependent_launch, "REGISTERS": config.registers, "num_warps": config.warps * config.warps_k,
+    }  # fmt: skip
 
 
 def _prefill(
@@ -207,36 +214,16 @@ def quantized_matvec_pair(
         codes, codes if high is None else high, sub, step, codes2, codes2 if high2 is None else high2, sub2, step2,
         words, scale, total, y, n, n2,
         K=k, BITS=bits, GROUP=group_size, HAS_MIN=has_min, BITS2=bits2, GROUP2=group_size2, HAS_MIN2=has_min2,
-        ROWS_A_WARP=config.rows, WR=config.warps, WK=config.warps_k, DP4A=True,
-        PDL=target.dependent_launch, REGISTERS=config.registers, num_warps=config.warps * config.warps_k,
+        **_program(target, config),
     )  # fmt: skip
     return y
 
 
 @quantized_matvec_pair.register_kernel("cpu")
-def _cpu_matvec_pair(
-    words: Tensor,
-    scale: Tensor,
-    total: Tensor,
-    codes: Tensor,
-    high: Tensor | None,
-    sub: Tensor,
-    step: Tensor,
-    bits: int,
-    group_size: int,
-    has_min: bool,
-    codes2: Tensor,
-    high2: Tensor | None,
-    sub2: Tensor,
-    step2: Tensor,
-    bits2: int,
-    group_size2: int,
-    has_min2: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    first = _cpu_matvec(words, scale, total, codes, high, sub, step, bits, group_size, has_min, dtype)
-    second = _cpu_matvec(words, scale, total, codes2, high2, sub2, step2, bits2, group_size2, has_min2, dtype)
-    return torch.cat([first, second], dim=1)
+def _cpu_matvec_pair(words: Tensor, scale: Tensor, total: Tensor, *weights: Any) -> Tensor:
+    *weights, dtype = weights
+    both = (_cpu_matvec(words, scale, total, *weight, dtype) for weight in (weights[:7], weights[7:]))
+    return torch.cat(tuple(both), dim=1)
 
 
 @quantized_matmul.register_kernel("cpu")
