@@ -138,33 +138,29 @@ def cache_bytes(cache: AttentionCache) -> int:
     return sum(t.numel() * t.element_size() for t in (cache.k, cache.v))
 
 
-def decode(codes: list[Code], case: str, depth: int, combines: dict[tuple[int, int], Code]) -> Iterator[dict]:
+def decode(codes: list[Code], kind: str, depth: int, combines: dict[int, Code]) -> Iterator[dict]:
     """Split and combine together."""
-    shape, slots = (SLIDING, 2047) if case == "ring" else (FULL, depth)
-    kind = "plain" if case == "ring" else case
-    first = make_cache(kind, shape, slots)
-    copies = min(160, max(1, int(ROTATED_BYTES // (cache_bytes(first) // (2 if case == "ring" else 1))) + 1))
-    caches = [first] + [make_cache(kind, shape, slots) for _ in range(copies - 1)]
-    heads, kv_heads, width = shape["heads"], shape["kv_heads"], shape["head_dim"]
+    first = make_cache(kind, FULL, depth)
+    copies = min(160, int(ROTATED_BYTES // cache_bytes(first)) + 1)
+    caches = [first] + [make_cache(kind, FULL, depth) for _ in range(copies - 1)]
+    heads, kv_heads, width = FULL["heads"], FULL["kv_heads"], FULL["head_dim"]
     q = torch.randn(heads, 1, width, device="cuda", dtype=torch.bfloat16) * 0.05
     r = torch.randn(heads, 1, 128 if first.folded else width, device="cuda", dtype=torch.bfloat16) * 0.05
     position = torch.tensor([depth - 1], device="cuda")
-    window = shape["window"]
-    expected = attention_reference.attention(q.float(), r.float() if first.folded else None, first, position, window)
+    expected = attention_reference.attention(q.float(), r.float() if first.folded else None, first, position, 0)
     out = torch.empty_like(q)
     partial = torch.empty(heads, 128, width, device="cuda")
     top, total = torch.empty(heads, 128, device="cuda"), torch.empty(heads, 128, device="cuda")
     for code in codes:
         splits = code.facts["config"][-1]
-        combine = combines[width, splits]
+        combine = combines[splits]
 
         def body(i: int) -> None:
             cache = caches[i]
             code((kv_heads, splits), *pointers(cache, q, r), position, partial, top, total, cache.v.shape[1])  # noqa: B023
             combine((heads, width // COMBINE_BLOCK_D), partial, top, total, out)  # noqa: B023
 
-        label = f"@{depth}"
-        yield from measured(code, label, body, out, lambda: relative_error(out, expected), 2e-2, copies, 12)
+        yield from measured(code, f"@{depth}", body, out, lambda: relative_error(out, expected), 2e-2, copies, 12)
 
 
 def prefill(codes: list[Code], case: str, tokens: int, depth: int) -> Iterator[dict]:
@@ -211,16 +207,15 @@ def measured(
 
 
 def runs(
-    codes: dict[tuple[str, str, int], list[Code]], combines: dict[tuple[int, int], Code]
+    codes: dict[tuple[str, str, int], list[Code]], combines: dict[int, Code]
 ) -> Iterator[tuple[str, Iterator[dict]]]:
     """All there is to time, and of which kernel."""
     for shape, (_, k) in PRODUCTS.items():
         for case in ("int4_min", "int6"):
             yield "matvec", matvec(codes["matvec", case, k], case, shape)
-    yield "split", decode(codes["split", "ring", 256], "ring", 5000, combines)
     for case in KINDS:
         for depth in DEPTHS:
-            yield "split", decode(codes["split", case, 512], case, depth, combines)
+            yield "wide", decode(codes["wide", case, 512], case, depth, combines)
     for shape in ("gate_up", "down", "qkv"):
         for case in ("int4_min", "int6"):
             yield "matmul", matmul(codes["matmul", case, PRODUCTS[shape][1]], case, shape)
@@ -244,7 +239,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=85)
-    parser.add_argument("--kernel", choices=["matvec", "split", "matmul", "attend"], help="only this one")
+    parser.add_argument("--kernel", choices=["matvec", "wide", "matmul", "attend"], help="only this one")
     arguments = parser.parse_args()
     began = time.time()
     DEADLINE = began + arguments.seconds
@@ -258,8 +253,8 @@ def main() -> None:
         if "failure" not in facts and facts["shared_bytes"] <= limit:
             codes[facts["kernel"], facts["case"], facts["size"]].append(Code(arguments.folder, facts, driver))
     combines = {
-        (size, code.facts["config"][0]): code
-        for (kernel, _, size), found in codes.items()
+        code.facts["config"][0]: code
+        for (kernel, _, _), found in codes.items()
         for code in found
         if kernel == "combine"
     }

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4cli.kernels.attention import decode, prefill, reference, turboquant
-from gemma4cli.kernels.attention.cache import AttentionCache
+from gemma4cli.kernels.attention import decode, int8, prefill, reference, turboquant
+from gemma4cli.kernels.attention.cache import AttentionCache, code_bits
 
 ALLOCATED = 131072
 FULL = {"heads": 32, "kv_heads": 4, "head_dim": 512, "rotated": 128, "window": 0}
@@ -51,10 +51,13 @@ def make_cache(kind: str, shape: dict, slots: int) -> AttentionCache:
     width = shape["rotated"] if kind.startswith("folded") else shape["head_dim"]
     k = torch.randn(shape["kv_heads"], slots, width, device="cuda", dtype=torch.bfloat16)
     v = torch.randn(shape["kv_heads"], slots, shape["head_dim"], device="cuda", dtype=torch.bfloat16)
-    if not kind.endswith("tq4"):
+    if kind in ("plain", "folded"):
         return AttentionCache(k, v, folded=kind == "folded")
-    table = turboquant.codebook().cuda()
-    encoded = [turboquant.encode(x, torch.eye(x.shape[-1], device="cuda"), table) for x in (k, v)]
+    if kind.endswith("q8"):
+        encoded = [int8.encode(x) for x in (k, v)]
+    else:
+        table = turboquant.codebook().cuda()
+        encoded = [turboquant.encode(x, torch.eye(x.shape[-1], device="cuda"), table) for x in (k, v)]
     return AttentionCache(encoded[0][0], encoded[1][0], encoded[0][1], encoded[1][1], folded=kind.startswith("folded"))
 
 
@@ -63,7 +66,7 @@ def common(cache: AttentionCache, shape: dict) -> dict:
     rotated = shape["rotated"] if cache.folded else head_dim
     return {
         "WINDOW": shape["window"], "GROUP": shape["heads"] // shape["kv_heads"], "D": head_dim, "R": rotated,
-        "HALF": head_dim // 2, "R_HALF": rotated // 2, "FOLDED": cache.folded, "TQ4": cache.k_scale is not None,
+        "HALF": head_dim // 2, "R_HALF": rotated // 2, "FOLDED": cache.folded, "CODE_BITS": code_bits(cache.k),
         "DOT": tl.bfloat16 if cache.k_scale is None else tl.float16, "ASM": True,
     }  # fmt: skip
 

@@ -5,7 +5,7 @@
     python tools/choose_configs.py rank --target sm_86         # what the model says of each table's entry
 
 Compiling is skipped for what is there already. With `--kernel matvec` the first two do one kernel alone; recorded facts
-of the others stay. `bench/time_candidates.py` times the machine code on a GPU, and
+of what was not compiled stay. `bench/time_candidates.py` times the machine code on a GPU, and
 
     python tools/choose_configs.py check bench/results/occupancy-h200.json
 
@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gemma4cli.kernels.attention.configs import decode_config, prefill_config  # noqa: E402
+from gemma4cli.kernels.attention.configs import prefill_config, wide_config  # noqa: E402
 from gemma4cli.kernels.machine_code import read_profile  # noqa: E402
 from gemma4cli.kernels.occupancy import Facts, Load, predict, resident_programs  # noqa: E402
 from gemma4cli.kernels.quantized_matmul.configs import MATVEC_NARROW, matmul_config, matvec_config  # noqa: E402
@@ -38,7 +38,7 @@ from gemma4cli.kernels.targets import TARGETS, Target, get_target  # noqa: E402
 
 FOLDER = ROOT / "build" / "candidates"
 RECORDED = ROOT / "bench" / "results" / "occupancy-facts.json"
-KERNELS = ("matvec", "matmul", "split", "attend", "combine")
+KERNELS = ("matvec", "matmul", "wide", "attend", "combine")
 MEASURED = "sm_90"  # the target whose tables are timed, not chosen
 
 
@@ -50,7 +50,7 @@ class Candidate:
         kernel: one of KERNELS.
         case: weight format ("int4_min", "int6"), kind of cache ("ring", "folded" ...).
         size: K of a product, the head's size of attention: constants of the machine code.
-        config: as in configs.py; split's first number, the shares, is last.
+        config: as in configs.py; of `wide` the first number, the shares, is last.
     """
 
     kernel: str
@@ -83,11 +83,8 @@ MATMUL = [
     (64, 256, 2, 8, 3), (64, 128, 2, 4, 3), (64, 128, 2, 4, 2), (64, 128, 2, 8, 3), (64, 64, 4, 4, 3),
     (256, 128, 2, 8, 3),
 ]  # fmt: skip
-# (BLOCK_S, warps, stages) of split.
-SPLIT = [
-    (16, 2, 1), (16, 2, 2), (16, 4, 1), (16, 4, 2), (32, 4, 1), (32, 4, 2), (32, 4, 3), (32, 8, 2), (64, 4, 1),
-    (64, 4, 2), (64, 8, 1), (64, 8, 2),
-]  # fmt: skip
+# (warps, stages) of wide.split.
+WIDE = [(1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4), (4, 2), (4, 3), (8, 2), (8, 3)]
 # (rows, BLOCK_S, warps, stages) of attend.
 ATTEND = [
     (32, 16, 4, 1), (32, 16, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 2), (64, 16, 8, 1), (64, 16, 8, 2),
@@ -97,8 +94,8 @@ ATTEND_RING = [
     (32, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 2), (64, 64, 4, 1), (64, 64, 4, 2),
     (64, 64, 8, 1), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 1), (128, 64, 8, 2),
 ]  # fmt: skip
-KINDS = ("folded", "plain", "tq4", "folded-tq4")
-RING_SPLITS, FULL_SPLITS = (4, 8, 16, 32), (32, 64, 128)
+KINDS = ("folded", "plain", "q8", "folded-q8", "tq4", "folded-tq4")
+SPLITS = (32, 64, 128)
 
 
 def candidates(measured: bool) -> list[Candidate]:
@@ -112,22 +109,25 @@ def candidates(measured: bool) -> list[Candidate]:
         for config in MATMUL
     ]
     for kind in ("ring", *KINDS):
-        size, splits = (256, RING_SPLITS) if kind == "ring" else (512, FULL_SPLITS)
-        for shares in splits if measured else (16 if kind == "ring" else 64,):
-            found += [Candidate("split", kind, size, (*config, shares)) for config in SPLIT]
+        size = 256 if kind == "ring" else 512
+        for shares in SPLITS if measured else (64,):
+            found += [Candidate("wide", kind, size, (*config, shares)) for config in WIDE if kind != "ring"]
         attend = ATTEND_RING if kind == "ring" else ATTEND
         found += [Candidate("attend", kind, size, (*config, 0)) for config in attend]
         if kind == "folded":
             found += [Candidate("attend", kind, size, (*config, 1)) for config in attend if config[1] >= 32]
-    found += [Candidate("combine", "float", 256, (shares,)) for shares in RING_SPLITS]
-    return found + [Candidate("combine", "float", 512, (shares,)) for shares in FULL_SPLITS]
+    return found + [Candidate("combine", "float", 512, (shares,)) for shares in SPLITS]
+
+
+def _code_bits(kind: str) -> int:
+    return 8 if kind.endswith("q8") else 4 if kind.endswith("tq4") else 0
 
 
 def _arguments(candidate: Candidate, dependent_launch: bool) -> tuple[Any, dict[str, Any], int, int]:
     """The kernel, its arguments for ``compile_kernel``, warps and stages."""
     import triton.language as tl
 
-    from gemma4cli.kernels.attention import decode, prefill
+    from gemma4cli.kernels.attention import decode, prefill, wide
     from gemma4cli.kernels.attention.configs import COMBINE_BLOCK_D
     from gemma4cli.kernels.quantized_matmul import matvec
     from gemma4cli.kernels.quantized_matmul import prefill as matrix_prefill
@@ -135,13 +135,13 @@ def _arguments(candidate: Candidate, dependent_launch: bool) -> tuple[Any, dict[
     bits, group, has_min = {"int4_min": (4, 32, True), "int6": (6, 16, False)}.get(candidate.case, (0, 0, False))
     weight = {"codes_ptr": "*i32", "high_ptr": "*i32", "sub_ptr": "*i8", "step_ptr": "*fp16", "y_ptr": "*bf16",
               "K": candidate.size, "BITS": bits, "GROUP": group, "HAS_MIN": has_min}  # fmt: skip
-    folded, tq4, ring = candidate.case.startswith("folded"), candidate.case.endswith("tq4"), candidate.case == "ring"
-    stored, width = "*u8" if tq4 else "*bf16", 128 if folded else candidate.size
+    folded, ring, code_bits = candidate.case.startswith("folded"), candidate.case == "ring", _code_bits(candidate.case)
+    stored, width = {0: "*bf16", 8: "*i8", 4: "*u8"}[code_bits], 128 if folded else candidate.size
     cache = {
         "q_ptr": "*bf16", "r_ptr": "*bf16", "k_ptr": stored, "k_scale_ptr": "*fp16", "v_ptr": stored,
-        "v_scale_ptr": "*fp16", "position_ptr": "*i64", "S": "i32", "WINDOW": 1024 if ring else 0,
-        "GROUP": 2 if ring else 8, "D": candidate.size, "R": width, "HALF": candidate.size // 2, "R_HALF": width // 2,
-        "FOLDED": folded, "TQ4": tq4, "DOT": tl.float16 if tq4 else tl.bfloat16, "ASM": True,
+        "v_scale_ptr": "*fp16", "position_ptr": "*i64", "S": "i32", "GROUP": 2 if ring else 8, "D": candidate.size,
+        "R": width, "FOLDED": folded, "CODE_BITS": code_bits, "DOT": tl.float16 if code_bits else tl.bfloat16,
+        "ASM": True,
     }  # fmt: skip
     shares = {"partial_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
     if candidate.kernel == "matvec":
@@ -156,15 +156,16 @@ def _arguments(candidate: Candidate, dependent_launch: bool) -> tuple[Any, dict[
             **weight, "x_ptr": "*bf16", "M": "i32", "N": "i32:16", "BLOCK_N": n, "BLOCK_M": m, "GROUP_M": group_m,
             "DOT": tl.bfloat16, "LOP3": True,
         }, warps, stages  # fmt: skip
-    if candidate.kernel == "split":
-        block_s, warps, stages, splits = candidate.config
-        return decode.split, {
-            **cache, **shares, "SPLITS": splits, "BLOCK_S": block_s, "ROWS": 16, "PDL": dependent_launch,
-        }, warps, stages  # fmt: skip
+    if candidate.kernel == "wide":
+        warps, stages, splits = candidate.config
+        return wide.split, {
+            **cache, **shares, "SPLITS": splits, "STAGES": stages, "NW": warps, "PDL": dependent_launch,
+        }, warps, 1  # fmt: skip
     if candidate.kernel == "attend":
         rows, block_s, warps, stages, ahead = candidate.config
         return prefill.attend, {
-            **cache, "out_ptr": "*bf16", "T": "i32", "BLOCK_S": block_s, "ROWS": rows, "AHEAD": bool(ahead),
+            **cache, "out_ptr": "*bf16", "T": "i32", "WINDOW": 1024 if ring else 0, "HALF": candidate.size // 2,
+            "R_HALF": width // 2, "BLOCK_S": block_s, "ROWS": rows, "AHEAD": bool(ahead),
         }, warps, stages  # fmt: skip
     (splits,) = candidate.config
     return decode.combine, {
@@ -221,11 +222,11 @@ HEADS = 32
 def cache_bytes(case: str, size: int) -> float:
     """Of one position of one KV head: keys and values."""
     values = size + (128 if case.startswith("folded") else size)
-    return values / 2 + 4 if case.endswith("tq4") else values * 2
+    return {0: values * 2, 8: values + 4, 4: values / 2 + 4}[_code_bits(case)]
 
 
 def load_of(candidate: Candidate, shape: str, facts: Facts) -> Load:
-    """What a launch is given at `shape`: a name of PRODUCTS, "@depth" of split, "tokens@depth" of attend."""
+    """What a launch is given at `shape`: a name of PRODUCTS, "@depth" of wide, "tokens@depth" of attend."""
     kernel, case, size, config, profile = *astuple(candidate), facts.profile
     if kernel == "matvec":
         n, k = PRODUCTS[shape]
@@ -242,11 +243,10 @@ def load_of(candidate: Candidate, shape: str, facts: Facts) -> Load:
     if kernel == "combine":
         return Load(HEADS * size // 64, 0, 4 * HEADS * size * config[-1])
     tokens, depth = (int(part or 0) for part in shape.split("@"))
-    if kernel == "split":
-        block_s, shares = config[0], config[-1]
-        seen = min(depth, WINDOW) if case == "ring" else depth
-        steps = math.ceil(math.ceil(seen / shares) / block_s)
-        return Load(math.ceil(seen / (steps * block_s)) * heads, steps, seen * heads * cache_bytes(case, size))
+    if kernel == "wide":
+        block_s, shares = 16 * config[0], config[-1]
+        steps = math.ceil(math.ceil(depth / shares) / block_s)
+        return Load(math.ceil(depth / (steps * block_s)) * heads, steps, depth * heads * cache_bytes(case, size))
     rows, block_s = config[:2]
     each = rows * heads // HEADS  # tokens of a program
     mean = depth + (tokens + each) / 2
@@ -270,7 +270,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Those that the model is asked about; ``ring_attention``, which decodes over a ring, is not among them."""
+    """Those that the model is asked about; ``ring_attention`` is not among them."""
     found = []
     for name, narrow in (("matvec", False), ("matvec narrow", True)):
         shapes = [shape for shape in PRODUCTS if _is_narrow(shape) == narrow]
@@ -283,7 +283,7 @@ def entries() -> list[Entry]:
         found.append(Entry(f"matmul {bits}", "matmul", places, present))
     for kind in KINDS:
         places = [(kind, 512, f"@{depth}") for depth in (512, 8192, 32768, 130000)]
-        found.append(Entry(f"decode {kind}", "split", places, lambda target, k=kind: _decode(target, k)))
+        found.append(Entry(f"decode {kind}", "wide", places, lambda target, k=kind: _decode(target, k)))
     for kind in (*KINDS, "ring"):
         size, tokens = (256, 2048) if kind == "ring" else (512, 1024)
         places = [(kind, size, f"{tokens}@{depth}") for depth in (0, 30720)]
@@ -298,7 +298,7 @@ def _is_narrow(shape: str) -> bool:
 
 
 def _decode(target: Target, kind: str) -> tuple[int, ...]:
-    splits, *rest = astuple(decode_config(target, 512, kind))
+    splits, *rest = astuple(wide_config(target, kind))
     return (*rest, splits)
 
 
@@ -324,19 +324,19 @@ class Model:
         self.facts = {Candidate.of(row): Facts.from_json(row) for row in rows}
 
     def find(self, candidate: Candidate) -> Facts | None:
-        """Facts of a candidate; of split with another number of shares, of matmul with another K, if need be."""
+        """Facts of a candidate; of `wide` with another number of shares, of matmul with another K, if need be."""
         kernel, case, size, config = astuple(candidate)
-        if kernel == "split":
-            config = (*config[:-1], 16 if case == "ring" else 64)
+        if kernel == "wide":
+            config = (*config[:-1], 64)
         return self.facts.get(Candidate(kernel, case, 5376 if kernel == "matmul" else size, config))
 
     def seconds(self, candidate: Candidate, shape: str) -> float | None:
-        """Of split with the combining kernel after it; None where there is no such machine code, or it does not fit."""
+        """Of `wide` with the combining kernel after it; None where there is no machine code, or it does not fit."""
         facts = self.find(candidate)
         if facts is None or not resident_programs(facts, self.target):
             return None
         time = predict(facts, load_of(candidate, shape, facts), self.target)
-        if candidate.kernel == "split":
+        if candidate.kernel == "wide":
             after = Candidate("combine", "float", candidate.size, candidate.config[-1:])
             time += predict(self.facts[after], load_of(after, "", self.facts[after]), self.target)
         return time
@@ -360,13 +360,15 @@ def record(kernel: str | None) -> None:
 
     Those of MEASURED must be of the machine code that was timed: compile, time and record it together, or leave it.
     """
-    needed = {one.name for one in candidates(measured=False) if kernel in (None, one.kernel)}
+    possible = {one.name for one in candidates(measured=False)}
+    needed = {name for name in possible if kernel in (None, name.split("-")[0])}
     document = json.loads(RECORDED.read_text())
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for name in TARGETS:
             paths = [path for path in sorted((FOLDER / name).glob("*.json")) if path.stem in needed]
             if paths:
-                others = [row for row in document[name] if kernel not in (None, row["kernel"])]
+                names = {path.stem for path in paths}
+                others = [row for row in document[name] if Candidate.of(row).name in possible - names]
                 rows = others + [row for row in pool.imap(_read, paths, chunksize=8) if row]
                 document[name] = sorted(rows, key=lambda row: Candidate.of(row).name)
     lines = ",\n".join(

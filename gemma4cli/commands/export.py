@@ -70,7 +70,11 @@ def export(
         ),
     ] = None,
     kv: Annotated[
-        str, typer.Option(metavar="FORMAT", help="CUDA: cache of the full layers: bf16, folded, tq4, folded-tq4, auto.")
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="CUDA: cache of the full layers: auto, bf16, q8, tq4, or folded, folded-q8, folded-tq4.",
+        ),
     ] = "auto",
     vram: Annotated[
         int | None,

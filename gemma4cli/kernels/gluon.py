@@ -15,6 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import triton
+from triton.experimental.gluon import language as gl
+
+# All warps of a program wait for one another; Triton 3.6, which torch 2.11 has, names it otherwise.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 def writes(*names: str) -> Callable[[triton.JITFunction], triton.JITFunction]:

@@ -8,12 +8,12 @@ import pytest
 import torch
 import triton.language as tl
 
-from gemma4cli.kernels.attention import attend, configs, decode, prefill, reference, turboquant
+from gemma4cli.kernels.attention import attend, configs, decode, int8, prefill, reference, turboquant, wide
 from gemma4cli.kernels.attention.cache import AttentionCache
 from gemma4cli.kernels.compile import compile_kernel
 from gemma4cli.kernels.targets import TARGETS, compiling_for, get_target
 
-KINDS = ["plain", "folded", "tq4", "folded-tq4"]
+KINDS = ["plain", "folded", "q8", "folded-q8", "tq4", "folded-tq4"]
 
 
 def test_the_codebook_is_nearly_the_best() -> None:
@@ -43,6 +43,20 @@ def test_encode_keeps_vectors_to_four_bits(size: int) -> None:
     error = ((back - x).square().sum(-1) / x.square().sum(-1).clamp_min(1e-9))[1:]
     assert error.mean() < 0.0105  # 0.0095 and the rounding of the scale
     assert error.max() < 0.05
+
+
+def test_int8_keeps_vectors_to_eight_bits() -> None:
+    x = torch.randn(500, 512, generator=torch.Generator().manual_seed(2)) * 7
+    x[0] = 0
+    x[1, 3] = 900.0
+    codes, scale = int8.encode(x)
+    assert codes.dtype == torch.int8 and codes.shape == x.shape and scale.shape == (500,)
+    assert codes.abs().max() == 127
+    back = int8.decode(codes, scale)
+    assert not back[0].any()
+    assert ((back - x).abs() <= x.abs().amax(-1, keepdim=True) * (0.5 / 127 + 2**-11)).all()
+    error = ((back - x).square().sum(-1) / x.square().sum(-1))[2:]
+    assert error.mean() < 0.008**2
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -92,8 +106,11 @@ def test_the_ops_export(tokens: int) -> None:
 # The 31B's layers: head size, rotated dims, window, query heads per KV head.
 FULL, SLIDING = (512, 128, 0, 8), (256, 256, 1024, 2)
 # Bytes a thread of kernels that are fastest nevertheless (bench/results/attention-prefill-h200.json).
-MEASURED_SPILLS = {("attend", "sm_90", "tq4"): 96, ("attend", "sm_90", "folded-tq4"): 112}
-CASES = [(kind, FULL) for kind in KINDS] + [("plain", SLIDING)]
+MEASURED_SPILLS = {("attend", "sm_90", "tq4"): 96, ("attend", "sm_90", "folded-tq4"): 112,
+                   ("attend", "sm_90", "q8"): 112, ("attend", "sm_90", "folded-q8"): 112}  # fmt: skip
+# And small heads, as tests have: what ``wide.split`` does not take.
+SMALL = (64, 32, 0, 8)
+CASES = [(kind, FULL) for kind in KINDS] + [("plain", SLIDING), ("q8", SMALL), ("folded-tq4", SMALL)]
 
 
 @pytest.mark.parametrize("target_name", sorted(TARGETS))
@@ -101,25 +118,29 @@ CASES = [(kind, FULL) for kind in KINDS] + [("plain", SLIDING)]
 def test_every_configuration_fits_its_target(target_name: str, kind: str, layer: tuple[int, int, int, int]) -> None:
     target = TARGETS[target_name]
     head_dim, rotated, window, group = layer
-    stored = "*u8" if kind.endswith("tq4") else "*bf16"
+    bits = 8 if kind.endswith("q8") else 4 if kind.endswith("tq4") else 0
+    stored = {0: "*bf16", 8: "*i8", 4: "*u8"}[bits]
     rotated = rotated if kind.startswith("folded") else head_dim
     common = {
         "q_ptr": "*bf16", "r_ptr": "*bf16", "k_ptr": stored, "k_scale_ptr": "*fp16", "v_ptr": stored, "v_scale_ptr": "*fp16",
-        "position_ptr": "*i64", "S": "i32", "WINDOW": window, "GROUP": group, "D": head_dim,
-        "R": rotated, "HALF": head_dim // 2, "R_HALF": rotated // 2, "FOLDED": kind.startswith("folded"),
-        "TQ4": kind.endswith("tq4"), "DOT": tl.float16 if kind.endswith("tq4") else tl.bfloat16, "ASM": True,
+        "position_ptr": "*i64", "S": "i32", "GROUP": group, "D": head_dim, "R": rotated, "FOLDED": kind.startswith("folded"),
+        "CODE_BITS": bits, "DOT": tl.float16 if bits else tl.bfloat16, "ASM": True,
     }  # fmt: skip
-    one = configs.decode_config(target, head_dim, kind)
-    partial = {"partial_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
+    halves = {"WINDOW": window, "HALF": head_dim // 2, "R_HALF": rotated // 2}
+    partial = {"partial_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32", "PDL": target.dependent_launch}
+    is_wide = wide.fits(head_dim, rotated, group, window)
+    few = configs.wide_config(target, kind) if is_wide else configs.decode_config(target)
+    if isinstance(few, configs.WideConfig):
+        arguments = {**common, **partial, "SPLITS": few.splits, "STAGES": few.stages, "NW": few.num_warps}
+        one = compile_kernel(wide.split, arguments, target, num_warps=few.num_warps, num_stages=1)
+    else:
+        arguments = {**common, **halves, **partial, "SPLITS": few.splits, "BLOCK_S": few.block_s, "ROWS": 16}
+        one = compile_kernel(decode.split, arguments, target, num_warps=few.num_warps, num_stages=few.num_stages)
     many = configs.prefill_config(target, head_dim, kind)
-    codes = [
-        compile_kernel(decode.split, {**common, **partial, "SPLITS": one.splits, "BLOCK_S": one.block_s, "ROWS": 16,
-                       "PDL": target.dependent_launch}, target, num_warps=one.num_warps, num_stages=one.num_stages),
-        compile_kernel(prefill.attend, {**common, "out_ptr": "*bf16", "T": "i32", "BLOCK_S": many.block_s, "ROWS": many.rows,
-                       "AHEAD": many.ahead},
-                       target, num_warps=many.num_warps, num_stages=many.num_stages),
-    ]  # fmt: skip
-    for code in codes:
+    arguments = {**common, **halves, "out_ptr": "*bf16", "T": "i32", "BLOCK_S": many.block_s, "ROWS": many.rows,
+                 "AHEAD": many.ahead}  # fmt: skip
+    chunk = compile_kernel(prefill.attend, arguments, target, num_warps=many.num_warps, num_stages=many.num_stages)
+    for code in (one, chunk):
         assert code.shared_bytes <= target.shared_bytes_per_block, code.name
         allowed = MEASURED_SPILLS.get((code.name, target_name, kind), 0)
         assert code.local_bytes <= allowed, f"{code.name} spills {code.local_bytes} bytes a thread"

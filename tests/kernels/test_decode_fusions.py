@@ -8,7 +8,7 @@ import triton.language as tl
 
 from gemma4cli.kernels.attention import attend, decode, decode_attention_int8
 from gemma4cli.kernels.attention.cache import AttentionCache
-from gemma4cli.kernels.attention.configs import COMBINE_BLOCK_D, decode_config
+from gemma4cli.kernels.attention.configs import COMBINE_BLOCK_D, wide_config
 from gemma4cli.kernels.compile import KernelCode, compile_kernel
 from gemma4cli.kernels.gated_gelu import kernel as gelu_kernel
 from gemma4cli.kernels.gated_gelu.configs import gated_gelu_config
@@ -17,6 +17,7 @@ from gemma4cli.kernels.head_rope import kernel as rope_kernel
 from gemma4cli.kernels.quantized_matmul import quantize
 from gemma4cli.kernels.residual_norm import kernel as norm_kernel
 from gemma4cli.kernels.residual_norm.configs import residual_norm_config
+from gemma4cli.kernels.ring_attention import WARPS as RING_WARPS
 from gemma4cli.kernels.ring_attention import kernel as ring_kernel
 from gemma4cli.kernels.targets import TARGETS, Target, compiling_for, get_target
 
@@ -33,14 +34,14 @@ OUTPUT = {"xq_ptr": "*i32", "scale_ptr": "*fp32", "sums_ptr": "*fp32"}
 
 def kernels(target: Target) -> list[KernelCode]:
     """All of them in the 31B's shapes."""
-    norm, gelu, ring = residual_norm_config(target), gated_gelu_config(target), decode_config(target, 256, "plain")
+    norm, gelu = residual_norm_config(target), gated_gelu_config(target)
     made = [
         compile_kernel(
             ring_kernel.ring_attention,
-            {**HEADS, **SHARES, **OUTPUT, "arrived_ptr": "*i32", "WINDOW": 1024, "GROUP": 2, "D": 256, "HALF": 128,
-             "SPLITS": ring.splits, "BLOCK_S": ring.block_s, "ROWS": 16, "dtype": tl.bfloat16, "DOT": tl.bfloat16,
+            {**HEADS, **SHARES, **OUTPUT, "arrived_ptr": "*i32", "WINDOW": 1024, "GROUP": 2, "D": 256,
+             "SPLITS": 1024 // (16 * RING_WARPS), "NW": RING_WARPS, "dtype": tl.bfloat16, "DOT": tl.bfloat16, "ASM": True,
              "PDL": target.dependent_launch},
-            target, num_warps=ring.num_warps, num_stages=ring.num_stages,
+            target, num_warps=RING_WARPS, num_stages=1,
         ),
         compile_kernel(
             norm_kernel.residual_norm,
@@ -53,17 +54,21 @@ def kernels(target: Target) -> list[KernelCode]:
                                      "PDL": target.dependent_launch}, target, num_warps=gelu.num_warps, num_stages=3,
         ),
     ]  # fmt: skip
-    for head_dim, rotated in ((512, 512), (512, 128)):
+    for head_dim, rotated, bits in ((512, 512, 0), (512, 128, 0), (512, 128, 8)):
         shape = {
+            **dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*i8" if bits else "*bf16"),
+            "k_scale_ptr": "*fp16",
+            "v_scale_ptr": "*fp16",
             "HEADS": 32,
             "D": head_dim,
             "R": rotated,
             "HALF": head_dim // 2,
             "FOLDED": rotated < head_dim,
+            "CODE_BITS": bits,
             "PDL": target.dependent_launch,
         }
         made.append(compile_kernel(rope_kernel.head_rope, {**ROPE, **shape}, target, num_warps=WARPS, num_stages=3))
-        splits = decode_config(target, head_dim, "plain").splits
+        splits = wide_config(target, "plain").splits
         made.append(compile_kernel(
             decode.combine_int8,
             {**SHARES, **OUTPUT, "D": head_dim, "SPLITS": splits, "BLOCK_D": COMBINE_BLOCK_D, "dtype": tl.bfloat16,
@@ -101,7 +106,19 @@ def test_an_exported_graph_writes_the_cache() -> None:
         def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
             weight, angle = torch.ones(64), position.float()[:, None] * torch.ones(32)
             query, r = head_rope(
-                x, x[:, :128], x[:, :128], weight, weight, angle.cos(), angle.sin(), position, self.k, self.v, 1e-6
+                x,
+                x[:, :128],
+                x[:, :128],
+                weight,
+                weight,
+                angle.cos(),
+                angle.sin(),
+                position,
+                self.k,
+                self.v,
+                None,
+                None,
+                1e-6,
             )
             return query.sum() + r.sum() + self.v.sum()
 

@@ -31,9 +31,12 @@ def made(checkpoint: Checkpoint, kv_format: str) -> torch.Tensor:
     return logits(fill(CudaModel(signature), checkpoint), tokens)
 
 
-def test_folding_costs_nothing_and_four_bits_little(checkpoint: Checkpoint) -> None:
+def test_folding_costs_nothing_eight_bits_next_to_it_and_four_little(checkpoint: Checkpoint) -> None:
     exact = made(checkpoint, "bf16")
     assert compare(made(checkpoint, "folded"), exact)["cosine_worst"] > 0.99999
+    eight = compare(made(checkpoint, "folded-q8"), exact)
+    assert eight["cosine_worst"] > 0.9999
+    assert eight["kl_divergence_nats"] < 1e-4
     coarse = compare(made(checkpoint, "folded-tq4"), exact)
     assert coarse["cosine_median"] > 0.9997
     assert coarse["kl_divergence_nats"] < 0.01

@@ -20,8 +20,10 @@ import numpy as np
 import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.runtime import interpreter
+
+from gemma4cli.kernels.gluon import barrier
 
 
 class interpreted:
@@ -76,6 +78,10 @@ class _Translation:
                     module[name] = _Language()
                 elif value is async_copy:
                     module[name] = self._copies
+                elif value is mma_v2:
+                    module[name] = _mma
+                elif value is barrier:
+                    module[name] = lambda: None
                 elif isinstance(value, gl.constexpr):
                     module[name] = value.value
                 elif isinstance(value, GluonJITFunction):
@@ -108,9 +114,6 @@ class _Language:
     def set_auto_layout(self, value: tl.tensor, layout: Any) -> tl.tensor:
         return value
 
-    def barrier(self, *, cluster: bool = False) -> None:
-        pass
-
     def allocate_shared_memory(self, element_ty: Any, shape: Any, layout: Any, value: Any = None) -> _SharedMemory:
         data = np.empty([operator.index(size) for size in shape], interpreter._get_np_dtype(element_ty))
         memory = _SharedMemory(element_ty, data)
@@ -118,6 +121,10 @@ class _Language:
         if value is not None:
             memory.store(value)
         return memory
+
+
+def _mma(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 def _no_layout(*arguments: Any, **named: Any) -> None:
@@ -141,6 +148,14 @@ class _SharedMemory:
         if not 0 <= first <= first + count <= self.shape[axis]:
             raise IndexError(f"{first} and {count} more of {self.shape[axis]}")
         return _SharedMemory(self.dtype, self._data[(slice(None),) * axis + (slice(first, first + count),)])
+
+    def reshape(self, shape: Any) -> _SharedMemory:
+        data = self._data.view()
+        data.shape = tuple(operator.index(size) for size in shape)  # refuses what would be a copy
+        return _SharedMemory(self.dtype, data)
+
+    def permute(self, order: Any) -> _SharedMemory:
+        return _SharedMemory(self.dtype, self._data.transpose([operator.index(axis) for axis in order]))
 
     def load(self, layout: Any = None) -> tl.tensor:
         handle = interpreter.TensorHandle(self._data.copy(), self.dtype)

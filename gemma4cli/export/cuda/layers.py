@@ -1,4 +1,4 @@
-"""Gemma 4's parts as the CUDA backend computes them: packed weights, fused projections, caches in four formats.
+"""Gemma 4's parts as the CUDA backend computes them: packed weights, fused projections, caches in six formats.
 
 Every module here holds buffers only, of shapes that follow from the signature (config, weight formats, context, KV
 format): the program can be compiled before a single weight is read.
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gemma4cli.export.packed import PackedMatrix
 from gemma4cli.kernels import attention as attention_kernels
-from gemma4cli.kernels.attention import reference, turboquant
+from gemma4cli.kernels.attention import int8, reference, turboquant
 from gemma4cli.kernels.attention.cache import AttentionCache
 from gemma4cli.kernels.gated_gelu import gated_gelu
 from gemma4cli.kernels.head_rope import head_rope
@@ -26,7 +26,7 @@ from gemma4cli.model.kv_cache import CacheSpec
 from gemma4cli.model.layers import RMSNorm, normalize
 from gemma4cli.model.rope import rotate
 
-KV_FORMATS = ("bf16", "folded", "tq4", "folded-tq4")  # from the most exact to the smallest
+KV_FORMATS = ("bf16", "folded", "q8", "folded-q8", "tq4", "folded-tq4")  # from the most exact to the smallest
 _ROTATION_SEED = 0x6734
 
 
@@ -107,8 +107,8 @@ class FusedLinear(nn.Module):
 class CudaCache(nn.Module):
     """One layer's keys and values in one of KV_FORMATS; sliding layers are always bf16, and only K = V is folded.
 
-    Buffers: `k`, `v` as ``AttentionCache`` describes, with their scales when TQ4; `arrived` in a sliding layer, which
-    ``ring_attention`` counts in.
+    Buffers: `k`, `v` as ``AttentionCache`` describes, with scales when they hold codes; `arrived` in a sliding layer,
+    which ``ring_attention`` counts in.
     """
 
     def __init__(self, layer: LayerConfig, spec: CacheSpec, kv_format: str) -> None:
@@ -116,26 +116,28 @@ class CudaCache(nn.Module):
         self.slots = spec.slots(layer)
         self.format = kv_format if layer.kind == "full_attention" else "bf16"
         self.folded = self.format.startswith("folded") and layer.k_eq_v
-        self.is_tq4 = self.format.endswith("tq4")
+        self.is_tq4, is_q8 = self.format.endswith("tq4"), self.format.endswith("q8")
         self.rotated = 2 * int(layer.partial_rotary_factor * layer.head_dim // 2)
         heads, width = layer.num_key_value_heads, self.rotated if self.folded else layer.head_dim
         self.widths = (width, layer.head_dim)
         for name, size in zip(("k", "v"), self.widths, strict=True):
-            shape, dtype = ((size // 2,), torch.uint8) if self.is_tq4 else ((size,), spec.dtype)
-            self.register_buffer(name, torch.zeros((heads, self.slots, *shape), dtype=dtype))
-            scale = torch.zeros((heads, self.slots), dtype=torch.float16) if self.is_tq4 else None
+            shape = (heads, self.slots, size // 2 if self.is_tq4 else size)
+            dtype = torch.uint8 if self.is_tq4 else torch.int8 if is_q8 else spec.dtype
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+            scale = torch.zeros(shape[:2], dtype=torch.float16) if self.is_tq4 or is_q8 else None
             self.register_buffer(f"{name}_scale", scale)
         self.register_buffer("arrived", torch.zeros(heads, dtype=torch.int32) if layer.window else None)
 
     def update(self, slot: Tensor, k: Tensor, v: Tensor, quantizer: TurboQuant | None) -> None:
         """Write k [H_kv, T, width], v [H_kv, T, D] to `slot` [T]; `quantizer` for TQ4."""
         for name, x in (("k", k), ("v", v)):
-            if quantizer is None:
-                getattr(self, name).index_copy_(1, slot, x.to(getattr(self, name).dtype))
+            cache, scales = getattr(self, name), getattr(self, f"{name}_scale")
+            if scales is None:
+                cache.index_copy_(1, slot, x.to(cache.dtype))
             else:
-                codes, scale = quantizer.encode(x)
-                getattr(self, name).index_copy_(1, slot, codes)
-                getattr(self, f"{name}_scale").index_copy_(1, slot, scale)
+                codes, scale = int8.encode(x) if quantizer is None else quantizer.encode(x)
+                cache.index_copy_(1, slot, codes)
+                scales.index_copy_(1, slot, scale)
 
 
 class TurboQuant(nn.Module):
@@ -199,9 +201,10 @@ class CudaAttention(nn.Module):
         if cache.arrived is not None:
             mixed = ring_attention(*token, cache.k, cache.v, cache.arrived, self.eps, self.window)
             return self.o_proj.matvec(Int8Rows(*mixed))
-        q, r = head_rope(*token, cache.k, cache.v, self.eps)
+        stored = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+        q, r = head_rope(*token, *stored, self.eps)
         mixed = attention_kernels.decode_attention_int8(
-            q, r if cache.folded else None, cache.k, cache.v, None, None, input_pos, self.window, cache.folded
+            q, r if cache.folded else None, *stored, input_pos, self.window, cache.folded
         )
         return self.o_proj.matvec(Int8Rows(*mixed))
 

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from gemma4cli.kernels.attention import decode, prefill, reference
-from gemma4cli.kernels.attention.cache import AttentionCache, cache_kind
-from gemma4cli.kernels.attention.configs import COMBINE_BLOCK_D, decode_config, prefill_config
+from gemma4cli.kernels.attention import decode, prefill, reference, wide
+from gemma4cli.kernels.attention.cache import AttentionCache, cache_kind, code_bits
+from gemma4cli.kernels.attention.configs import COMBINE_BLOCK_D, WideConfig, decode_config, prefill_config, wide_config
 from gemma4cli.kernels.quantized_matmul import empty_int8_rows, quantize
 from gemma4cli.kernels.targets import current_target
 
@@ -43,9 +43,10 @@ def _widths(q: Tensor, r: Tensor | None) -> dict[str, int]:
     }
 
 
-def _number(tq4: bool) -> dict[str, Any]:
-    """How vectors become operands of the tensor cores: TQ4's levels are float16 numbers."""
-    return {"TQ4": tq4, "DOT": tl.float16 if tq4 else tl.bfloat16, "ASM": True}
+def _number(stored: Tensor) -> dict[str, Any]:
+    """How vectors become operands of the tensor cores: the levels of codes are float16 numbers."""
+    bits = code_bits(stored)
+    return {"CODE_BITS": bits, "DOT": tl.float16 if bits else tl.bfloat16, "ASM": True}
 
 
 @triton_op("g4::decode_attention", mutates_args={})
@@ -115,17 +116,27 @@ def _split(
     heads, _, head_dim = q.shape
     kv_heads, slots = v.shape[0], v.shape[1]
     group = heads // kv_heads
-    config = decode_config(current_target(), head_dim, cache_kind(folded, k_scale is not None))
+    target, sizes = current_target(), _widths(q, r)
+    is_wide = wide.fits(head_dim, sizes["R"], group, window)
+    config = wide_config(target, cache_kind(folded, code_bits(k))) if is_wide else decode_config(target)
     partial = torch.empty((heads, config.splits, head_dim), dtype=torch.float32, device=q.device)
     top = torch.empty((heads, config.splits), dtype=torch.float32, device=q.device)
     total = torch.empty_like(top)
-    wrap_triton(decode.split)[(kv_heads, config.splits)](
+    tensors = (
         q, q if r is None else r, k, k if k_scale is None else k_scale, v, v if v_scale is None else v_scale,
-        position, partial, top, total, slots,
-        WINDOW=window, GROUP=group, **_widths(q, r), SPLITS=config.splits, BLOCK_S=config.block_s,
-        ROWS=max(SMALLEST_DOT, triton.next_power_of_2(group)), FOLDED=folded, **_number(k_scale is not None),
-        PDL=current_target().dependent_launch, num_warps=config.num_warps, num_stages=config.num_stages,
+        position, partial, top, total,
     )  # fmt: skip
+    if isinstance(config, WideConfig):
+        wrap_triton(wide.split)[(kv_heads, config.splits)](
+            *tensors, slots, GROUP=group, D=head_dim, R=sizes["R"], SPLITS=config.splits, STAGES=config.stages,
+            NW=config.num_warps, FOLDED=folded, **_number(k), PDL=target.dependent_launch, num_warps=config.num_warps,
+        )  # fmt: skip
+    else:
+        wrap_triton(decode.split)[(kv_heads, config.splits)](
+            *tensors, slots, WINDOW=window, GROUP=group, **sizes, SPLITS=config.splits, BLOCK_S=config.block_s,
+            ROWS=max(SMALLEST_DOT, triton.next_power_of_2(group)), FOLDED=folded, **_number(k),
+            PDL=target.dependent_launch, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return partial, top, total
 
 
@@ -145,13 +156,13 @@ def prefill_attention(
     heads, tokens, head_dim = q.shape
     kv_heads, slots = v.shape[0], v.shape[1]
     group = heads // kv_heads
-    config = prefill_config(current_target(), head_dim, cache_kind(folded, k_scale is not None))
+    config = prefill_config(current_target(), head_dim, cache_kind(folded, code_bits(k)))
     out = torch.empty_like(q)
     wrap_triton(prefill.attend)[(triton.cdiv(tokens, config.rows // group), kv_heads)](
         q, q if r is None else r, k, k if k_scale is None else k_scale, v, v if v_scale is None else v_scale,
         position, out, tokens, slots,
         WINDOW=window, GROUP=group, **_widths(q, r), BLOCK_S=config.block_s, ROWS=config.rows,
-        FOLDED=folded, **_number(k_scale is not None), AHEAD=config.ahead,
+        FOLDED=folded, **_number(k), AHEAD=config.ahead,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

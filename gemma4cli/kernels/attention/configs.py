@@ -1,17 +1,17 @@
 """Launch configurations of the attention kernels, per target, head size and kind of cache.
 
-sm_90 is measured on an H200 (bench/results/attention-h200.json, attention-prefill-h200.json and occupancy-h200.json;
-ring_attention: bench/notes.md), fastest of those that do not spill registers; but prefill over TQ4 spills some 100
-bytes a thread, since tiles without spills take 1.2 to 1.9 times as long.
+sm_90 is measured on an H200 (bench/results/attention-prefill-h200.json and occupancy-h200.json), fastest of those that do
+not spill registers; but prefill over codes spills some 100 bytes a thread, since tiles without spills take 1.2 to 1.9
+times as long.
 
 The others are not measured. The model of kernels/occupancy.py chose them among candidates that fit the target without
 spills, from what compiling them told (bench/results/occupancy-facts.json):
 
     python tools/choose_configs.py rank --target sm_86
 
-Asked about sm_90 it chooses what is 0 to 5 % slower than the fastest for prefill, 1 to 13 % for decode. About
-ring_attention, which is what the decode entries for rings are for, it was not asked: those are neighbours of sm_90's.
-tests/kernels/test_occupancy.py holds the entries to the model, and test_attention.py compiles each for its target.
+Asked about sm_90 it chooses what is 0 to 9 % slower than the fastest for decode, 0 to 5 % for prefill, but 30 % over a
+folded cache of int8. ``decode.split``, which takes small heads, was not asked about. tests/kernels/test_occupancy.py holds
+the entries to the model, and test_attention.py compiles each for its target.
 """
 
 from __future__ import annotations
@@ -23,12 +23,21 @@ from gemma4cli.kernels.targets import Target
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Shares of the context, positions a step, and launch parameters of ``decode.split`` or ``ring_attention``."""
+    """Shares of the context, positions a step, and launch parameters of ``decode.split``."""
 
     splits: int
     block_s: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class WideConfig:
+    """Shares of the context, warps (16 positions of a tile each) and tiles in shared memory of ``wide.split``."""
+
+    splits: int
+    num_warps: int
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -47,36 +56,46 @@ class PrefillConfig:
 
 COMBINE_BLOCK_D = 64
 
-# Heads above 256 (full layers) by kind of cache, and heads up to 256 (rings, always plain).
-_DECODE: dict[str, dict[str, DecodeConfig]] = {
+# Of heads of 512, by kind of cache. Two tiles of plain numbers leave an sm_86 or sm_120 room for one warp alone: there
+# ``decode.split`` takes them.
+_WIDE: dict[str, dict[str, WideConfig | DecodeConfig]] = {
     "sm_80": {
-        "plain": DecodeConfig(32, 32, 4, 2),
-        "folded": DecodeConfig(32, 32, 4, 2),
-        "tq4": DecodeConfig(128, 64, 8, 2),
-        "folded-tq4": DecodeConfig(128, 32, 4, 2),
+        "plain": WideConfig(128, 2, 2),
+        "folded": WideConfig(32, 2, 2),
+        "q8": WideConfig(32, 2, 2),
+        "folded-q8": WideConfig(32, 4, 2),
+        "tq4": WideConfig(128, 8, 2),
+        "folded-tq4": WideConfig(32, 4, 2),
     },
     "sm_90": {  # measured
-        "plain": DecodeConfig(64, 32, 4, 3),
-        "folded": DecodeConfig(64, 32, 4, 3),
-        "tq4": DecodeConfig(64, 32, 4, 2),
-        "folded-tq4": DecodeConfig(64, 32, 4, 2),
+        "plain": WideConfig(32, 2, 2),
+        "folded": WideConfig(32, 4, 2),
+        "q8": WideConfig(32, 4, 2),
+        "folded-q8": WideConfig(64, 4, 2),
+        "tq4": WideConfig(32, 8, 2),
+        "folded-tq4": WideConfig(32, 8, 2),
     },
     "sm_86": {
         "plain": DecodeConfig(32, 16, 4, 2),
-        "folded": DecodeConfig(32, 16, 4, 2),
-        "tq4": DecodeConfig(32, 32, 4, 3),
-        "folded-tq4": DecodeConfig(32, 32, 4, 3),
+        "folded": WideConfig(32, 2, 2),
+        "q8": WideConfig(32, 2, 2),
+        "folded-q8": WideConfig(32, 2, 2),
+        "tq4": WideConfig(32, 2, 2),
+        "folded-tq4": WideConfig(32, 4, 2),
     },
     "sm_120": {
         "plain": DecodeConfig(32, 32, 4, 2),
-        "folded": DecodeConfig(32, 32, 4, 2),
-        "tq4": DecodeConfig(64, 32, 4, 3),
-        "folded-tq4": DecodeConfig(64, 32, 4, 2),
+        "folded": WideConfig(32, 2, 2),
+        "q8": WideConfig(32, 2, 2),
+        "folded-q8": WideConfig(32, 4, 2),
+        "tq4": WideConfig(64, 2, 2),
+        "folded-tq4": WideConfig(64, 4, 2),
     },
 }
-_DECODE_RING = {
+# Of smaller ones.
+_DECODE = {
     "sm_80": DecodeConfig(16, 32, 4, 2),
-    "sm_90": DecodeConfig(16, 32, 4, 1),  # measured
+    "sm_90": DecodeConfig(16, 32, 4, 1),
     "sm_86": DecodeConfig(16, 32, 4, 2),
     "sm_120": DecodeConfig(16, 32, 4, 2),
 }
@@ -85,24 +104,32 @@ _PREFILL: dict[str, dict[str, PrefillConfig]] = {
     "sm_80": {
         "plain": PrefillConfig(64, 32, 8, 2),
         "folded": PrefillConfig(64, 32, 8, 2),
+        "q8": PrefillConfig(32, 32, 8, 1),
+        "folded-q8": PrefillConfig(32, 32, 8, 1),
         "tq4": PrefillConfig(32, 32, 4, 2),
         "folded-tq4": PrefillConfig(32, 32, 4, 2),
     },
     "sm_90": {  # measured
         "plain": PrefillConfig(64, 64, 8, 1),
         "folded": PrefillConfig(64, 64, 8, 2, ahead=True),
+        "q8": PrefillConfig(64, 64, 8, 1),
+        "folded-q8": PrefillConfig(64, 64, 8, 1),
         "tq4": PrefillConfig(64, 64, 8, 1),
         "folded-tq4": PrefillConfig(64, 64, 8, 1),
     },
     "sm_86": {
         "plain": PrefillConfig(32, 32, 4, 2),
         "folded": PrefillConfig(32, 32, 4, 2),
+        "q8": PrefillConfig(32, 32, 8, 1),
+        "folded-q8": PrefillConfig(32, 32, 8, 1),
         "tq4": PrefillConfig(32, 32, 4, 1),
         "folded-tq4": PrefillConfig(32, 32, 8, 1),
     },
     "sm_120": {
         "plain": PrefillConfig(32, 32, 8, 1),
         "folded": PrefillConfig(32, 16, 8, 1),
+        "q8": PrefillConfig(32, 32, 8, 1),
+        "folded-q8": PrefillConfig(32, 32, 8, 1),
         "tq4": PrefillConfig(32, 32, 8, 1),
         "folded-tq4": PrefillConfig(32, 32, 8, 1),
     },
@@ -115,9 +142,14 @@ _PREFILL_RING = {
 }
 
 
-def decode_config(target: Target, head_dim: int, kind: str) -> DecodeConfig:
-    """Return the configuration for heads of `head_dim` and a cache of `kind` (``cache.AttentionCache.kind``)."""
-    return _DECODE[target.name][kind] if head_dim > 256 else _DECODE_RING[target.name]
+def decode_config(target: Target) -> DecodeConfig:
+    """Return the configuration of ``decode.split``."""
+    return _DECODE[target.name]
+
+
+def wide_config(target: Target, kind: str) -> WideConfig | DecodeConfig:
+    """Return the configuration for heads that ``wide.fits`` and a cache of `kind` (``cache.AttentionCache.kind``)."""
+    return _WIDE[target.name][kind]
 
 
 def prefill_config(target: Target, head_dim: int, kind: str) -> PrefillConfig:

@@ -1,25 +1,27 @@
 """One query token against a long cache, the cache read once: split over the context, then combined.
 
-A cache is one of four kinds, all read by the same kernel:
+A cache is plain or folded, and holds numbers, 8-bit or 4-bit codes; all are read by the same kernel:
 
     plain    scores = q . K                       values V
     folded   scores = q_v . V + q_r . K_r         values V      (layers whose K and V share a projection: reference.py)
-    tq4      each vector as 4-bit codes of a rotated unit vector times a scale (turboquant.py); the query comes rotated,
-             and scales meet scores and weights, not vectors
+    q8       each vector as int8 times a scale (int8.py)
+    tq4      each vector as 4-bit codes of a rotated unit vector times a scale (turboquant.py); the query comes rotated
 
-Vectors are read as two halves, dims 0 .. D/2 - 1 and D/2 .. D - 1: the two nibbles of a 4-bit code's byte. Positions,
-not slots, are walked, from the first the window shows to the last written, so cost follows the context and never the
-allocation, and a slot that was never written is never read. The position is read on the device: a captured graph stays
-right as it grows.
+Scales meet scores and weights, not vectors. Vectors are read as two halves, dims 0 .. D/2 - 1 and D/2 .. D - 1: the two
+nibbles of a 4-bit code's byte. Positions, not slots, are walked, from the first the window shows to the last written, so
+cost follows the context and never the allocation, and a slot that was never written is never read. The position is read
+on the device: a captured graph stays right as it grows.
+
+``split`` takes heads of any size. Those of the 31B's full layers, where a token reads the whole cache, have a kernel of
+their own (wide.py).
 """
 
 from __future__ import annotations
 
-import struct
-
 import triton
 import triton.language as tl
 
+from gemma4cli.kernels.attention import levels
 from gemma4cli.kernels.attention.turboquant import COEFFICIENTS
 from gemma4cli.kernels.dependent_launch import start_successor, wait_for_predecessor
 from gemma4cli.kernels.quantized_matmul.decode import write_int8
@@ -29,30 +31,28 @@ _B = tl.constexpr(COEFFICIENTS[1])
 _C = tl.constexpr(COEFFICIENTS[2])
 
 
-def _pair(value: float) -> str:
-    """Two float16 of one value, as the immediate of an instruction."""
-    return f"0x{2 * struct.pack('>e', value).hex()}"
-
-
-# Four bytes of two codes each. A doubled code becomes the low bits of a float16 of exponent 6, which makes it 64 plus
-# its sixteenth, and the polynomial follows two at a time.
+# Of four bytes: their low nibbles' levels, two in a register, then their high nibbles'.
 _LEVELS = tl.constexpr(
-    "{ .reg .b32 low, high, s, u, v, centre, a, b, c;"
-    "shl.b32 low, $4, 1; and.b32 low, low, 0x1E1E1E1E;"
-    "shr.u32 high, $4, 3; and.b32 high, high, 0x1E1E1E1E;"
-    f"mov.b32 centre, {_pair(-64 - 15 / 16)};"
-    + "".join(f"mov.b32 {name}, {_pair(value)};" for name, value in zip("abc", COEFFICIENTS, strict=True))
-    + "".join(
-        f"prmt.b32 s, {source}, 0x54545454, {selector}; add.rn.f16x2 s, s, centre; mul.rn.f16x2 u, s, s;"
-        f"fma.rn.f16x2 v, u, c, b; fma.rn.f16x2 v, v, u, a; mul.rn.f16x2 {result}, s, v;"
-        for result, source, selector in (
-            ("$0", "low", "0x4140"),
-            ("$1", "low", "0x4342"),
-            ("$2", "high", "0x4140"),
-            ("$3", "high", "0x4342"),
-        )
-    )
-    + "}"
+    "{ "
+    + levels.REGISTERS
+    + " .reg .b32 low, high;"
+    + levels.LEVEL_CONSTANTS
+    + levels.doubled_nibbles("low", "high", "$4")
+    + levels.levels("$0", "low", levels.FIRST_BYTES)
+    + levels.levels("$1", "low", levels.LAST_BYTES)
+    + levels.levels("$2", "high", levels.FIRST_BYTES)
+    + levels.levels("$3", "high", levels.LAST_BYTES)
+    + " }"
+)
+_FRACTIONS = tl.constexpr(
+    "{ "
+    + levels.REGISTERS
+    + " .reg .b32 code;"
+    + levels.FRACTION_CONSTANTS
+    + levels.unsigned("code", "$2")
+    + levels.fractions("$0", "code", levels.FIRST_BYTES)
+    + levels.fractions("$1", "code", levels.LAST_BYTES)
+    + " }"
 )
 
 
@@ -86,26 +86,38 @@ def _levels(packed, ASM: tl.constexpr):
 
 
 @triton.jit
+def _fractions(codes, ASM: tl.constexpr):
+    """int8 codes / 128, float16: exact."""
+    if ASM:
+        return tl.inline_asm_elementwise(_FRACTIONS, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        return (codes.to(tl.float32) / 128).to(tl.float16)
+
+
+@triton.jit
 def load_halves(
     ptr, head, slot, inside, S,
-    D: tl.constexpr, WIDTH: tl.constexpr, TQ4: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CODE_BITS: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Load both halves of the vectors in the given slots: [BLOCK_S, WIDTH] each; WIDTH >= D / 2, the rest anything.
 
-    TQ4: levels, without the vectors' scales. One 64-bit base per head and 32-bit offsets inside it: a head's cache has
-    fewer than 2^31 values.
+    CODE_BITS: 0 where vectors are stored as numbers, 8 or 4 where as codes: levels, without the vectors' scales. One
+    64-bit base per head and 32-bit offsets inside it: a head's cache has fewer than 2^31 values.
     """
     HALF: tl.constexpr = D // 2
     column = tl.arange(0, WIDTH)
     mask = inside[:, None] if WIDTH == HALF else inside[:, None] & (column < HALF)[None, :]
     base = head.to(tl.int64) * S
-    if TQ4:
+    if CODE_BITS == 4:
         packed = tl.load(ptr + base * HALF + (slot[:, None] * HALF + column[None, :]), mask=mask, other=0)
         first, second = _levels(packed, ASM)
         return first.to(DOT), second.to(DOT)
     else:
-        first = tl.load(ptr + base * D + (slot[:, None] * D + column[None, :]), mask=mask, other=0.0)
-        second = tl.load(ptr + base * D + (slot[:, None] * D + HALF + column[None, :]), mask=mask, other=0.0)
+        first = tl.load(ptr + base * D + (slot[:, None] * D + column[None, :]), mask=mask, other=0)
+        second = tl.load(ptr + base * D + (slot[:, None] * D + HALF + column[None, :]), mask=mask, other=0)
+        if CODE_BITS == 8:
+            first = _fractions(first, ASM)
+            second = _fractions(second, ASM)
         return first.to(DOT), second.to(DOT)
 
 
@@ -117,7 +129,7 @@ def load_scale(ptr, head, slot, inside, S):
 
 @triton.jit
 def products(a0, a1, b0, b1):
-    """a b^T from the halves of both: [ROWS, BLOCK_S] float32."""
+    """a b^T from the halves of both, float32."""
     first = tl.dot(a0, tl.trans(b0), input_precision="ieee")
     return tl.dot(a1, tl.trans(b1), first, input_precision="ieee")
 
@@ -154,7 +166,7 @@ def split(
     HALF: tl.constexpr,
     R_HALF: tl.constexpr,
     FOLDED: tl.constexpr,
-    TQ4: tl.constexpr,
+    CODE_BITS: tl.constexpr,
     DOT: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr = False,
@@ -162,7 +174,7 @@ def split(
     """Attention of one KV head's query group over one share of the positions.
 
     q [H, D]; plain: k [H_kv, S, D]; folded: k is K_r [H_kv, S, R] and r the query's part for it [H, R]; v [H_kv, S, D]
-    (4-bit: half as many bytes, scales [H_kv, S]). Writes partial [H, SPLITS, D] (not normalized), top [H, SPLITS]
+    (codes: scales [H_kv, S], 4-bit half as many bytes). Writes partial [H, SPLITS, D] (not normalized), top [H, SPLITS]
     (largest score, -inf for an empty share) and total [H, SPLITS] (sum of exponentials).
     """
     wait_for_predecessor(PDL)
@@ -190,23 +202,23 @@ def split(
         position = position0 + tl.arange(0, BLOCK_S)
         inside = position < end
         slot = block_slots(position0, S, WINDOW, BLOCK_S)
-        v0, v1 = load_halves(v_ptr, head, slot, inside, S, D, HALF, TQ4, DOT, ASM)
-        k0, k1 = load_halves(k_ptr, head, slot, inside, S, R, R_HALF, TQ4, DOT, ASM)
-        if TQ4:
+        v0, v1 = load_halves(v_ptr, head, slot, inside, S, D, HALF, CODE_BITS, DOT, ASM)
+        k0, k1 = load_halves(k_ptr, head, slot, inside, S, R, R_HALF, CODE_BITS, DOT, ASM)
+        if CODE_BITS:
             k_scale = load_scale(k_scale_ptr, head, slot, inside, S)[None, :]
             v_scale = load_scale(v_scale_ptr, head, slot, inside, S)[None, :]
         if FOLDED:
             scores, turned = products(q0, q1, v0, v1), products(r0, r1, k0, k1)
-            scores = scores * v_scale + turned * k_scale if TQ4 else scores + turned
+            scores = scores * v_scale + turned * k_scale if CODE_BITS else scores + turned
         else:
             scores = products(q0, q1, k0, k1)
-            scores = scores * k_scale if TQ4 else scores
+            scores = scores * k_scale if CODE_BITS else scores
         scores = tl.where(inside[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         keep = tl.exp(top - higher)
         weight = tl.exp(scores - higher[:, None])
         total = total * keep + tl.sum(weight, axis=1)
-        if TQ4:
+        if CODE_BITS:
             weight *= v_scale
         acc0 = tl.dot(weight.to(DOT), v0, acc0 * keep[:, None], input_precision="ieee")
         acc1 = tl.dot(weight.to(DOT), v1, acc1 * keep[:, None], input_precision="ieee")

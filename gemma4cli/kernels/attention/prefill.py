@@ -11,7 +11,7 @@ values, and is written so that Triton 3.7 shares both evenly among the warps of 
     having for itself: only steps on the diagonal or at the window's edge are masked.)
 
 Positions past the last one repeat the last one's slot, where a mask on loads would cost registers: causality gives
-them no weight. K and V are read as whole vectors; TQ4's nibbles as two halves, as ``decode`` does. With AHEAD a
+them no weight. Numbers are read as whole vectors; codes as two halves, as ``decode`` does. With AHEAD a
 folded cache's K_r comes a step ahead into registers, not shared memory: Hopper then has room for 64 positions of V twice.
 """
 
@@ -104,7 +104,7 @@ def attend(
     HALF: tl.constexpr,
     R_HALF: tl.constexpr,
     FOLDED: tl.constexpr,
-    TQ4: tl.constexpr,
+    CODE_BITS: tl.constexpr,
     DOT: tl.constexpr,
     ASM: tl.constexpr,
     AHEAD: tl.constexpr = False,
@@ -115,7 +115,7 @@ def attend(
     """
     kv_head = tl.program_id(1)
     TOKENS: tl.constexpr = ROWS // GROUP
-    PARTS: tl.constexpr = 2 if TQ4 else 1  # in which vectors come
+    PARTS: tl.constexpr = 2 if CODE_BITS else 1  # in which vectors come
     WIDTH: tl.constexpr = 2 * HALF // PARTS
     R_WIDTH: tl.constexpr = 2 * R_HALF // PARTS
     token0 = tl.program_id(0) * TOKENS
@@ -134,7 +134,7 @@ def attend(
     top = tl.full([ROWS], -1e38, tl.float32)  # not -inf: a row may see nothing of the first block of its window
     total = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, WIDTH], tl.float32)
-    if TQ4:
+    if CODE_BITS:
         q1 = _query(q_ptr, head, source, T, D, D // 2, D // 2, WIDTH).to(DOT)
         if FOLDED:
             r1 = _query(r_ptr, head, source, T, R, R // 2, R // 2, R_WIDTH).to(DOT)
@@ -147,9 +147,9 @@ def attend(
             ahead = _fetch(k_ptr, _slots_to(last, first, S, WINDOW, BLOCK_S), R, R_WIDTH)
     for position0 in range(first, last + 1, BLOCK_S):
         slot = _slots_to(last, position0, S, WINDOW, BLOCK_S)
-        if TQ4:
-            k0, k1 = load_halves(k_ptr, kv_head, slot, all_in, S, R, R_WIDTH, TQ4, DOT, ASM)
-            v0, v1 = load_halves(v_ptr, kv_head, slot, all_in, S, D, WIDTH, TQ4, DOT, ASM)
+        if CODE_BITS:
+            k0, k1 = load_halves(k_ptr, kv_head, slot, all_in, S, R, R_WIDTH, CODE_BITS, DOT, ASM)
+            v0, v1 = load_halves(v_ptr, kv_head, slot, all_in, S, D, WIDTH, CODE_BITS, DOT, ASM)
             k_unit = load_scale(k_scale_ptr, kv_head, slot, all_in, S)[None, :] * _LOG2_E
             v_unit = load_scale(v_scale_ptr, kv_head, slot, all_in, S)[None, :] * _LOG2_E
         else:
@@ -162,11 +162,11 @@ def attend(
             v_unit = _LOG2_E
         # A score's products are scaled and added, and the mask stands in a branch: see the module's first lines.
         scores = _product(r0 if FOLDED else q0, k0) * k_unit
-        if TQ4:
+        if CODE_BITS:
             scores += _product(r1 if FOLDED else q1, k1) * k_unit
         if FOLDED:
             scores += _product(q0, v0) * v_unit
-            if TQ4:
+            if CODE_BITS:
                 scores += _product(q1, v1) * v_unit
             elif AHEAD:
                 ahead = _fetch(k_ptr, _slots_to(last, position0 + BLOCK_S, S, WINDOW, BLOCK_S), R, R_WIDTH)
@@ -183,11 +183,11 @@ def attend(
         keep = tl.exp2(top - higher)
         weight = tl.exp2(scores - higher[:, None])
         total = total * keep + tl.sum(weight, axis=1)
-        if TQ4:
+        if CODE_BITS:
             weight *= v_unit
         weight = weight.to(DOT)
         acc0 = tl.dot(weight, v0, acc0 * keep[:, None], input_precision="ieee")
-        if TQ4:
+        if CODE_BITS:
             acc1 = tl.dot(weight, v1, acc1 * keep[:, None], input_precision="ieee")
         top = higher
     column = tl.arange(0, WIDTH)
@@ -197,7 +197,7 @@ def attend(
     # One 64-bit base and 32-bit offsets inside the KV head: a tile of 64-bit addresses would not fit the registers.
     offset = (row % GROUP * T + token)[:, None] * D + column[None, :]
     address = out_ptr + kv_head.to(tl.int64) * GROUP * T * D + offset
-    inverse = (1.0 / _LOG2_E if TQ4 else 1.0) / total  # TQ4's weights were scaled by v_unit
+    inverse = (1.0 / _LOG2_E if CODE_BITS else 1.0) / total  # weights of codes were scaled by v_unit
     tl.store(address, (acc0 * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-    if TQ4:
+    if CODE_BITS:
         tl.store(address + D // 2, (acc1 * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)

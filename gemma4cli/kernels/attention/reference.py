@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma4cli.kernels.attention import turboquant
-from gemma4cli.kernels.attention.cache import AttentionCache
+from gemma4cli.kernels.attention import int8, turboquant
+from gemma4cli.kernels.attention.cache import AttentionCache, code_bits
 
 
 def rotated_part(x: Tensor, rotated: int) -> Tensor:
@@ -66,4 +66,6 @@ def attention(q: Tensor, r: Tensor | None, cache: AttentionCache, position: Tens
 def _vectors(stored: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return stored.float()
+    if code_bits(stored) == 8:
+        return int8.decode(stored, scale)
     return turboquant.decode(stored, scale, turboquant.codebook().to(stored.device))

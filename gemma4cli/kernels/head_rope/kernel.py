@@ -5,7 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma4cli.kernels.attention.int8 import LARGEST, LEVELS
 from gemma4cli.kernels.dependent_launch import start_successor, wait_for_predecessor
+
+_LEVELS = tl.constexpr(LEVELS)
+_LARGEST = tl.constexpr(LARGEST)
 
 
 @triton.jit
@@ -37,6 +41,34 @@ def rotated_halves(first, second, square, weight0, weight1, cos, sin, eps, dtype
 
 
 @triton.jit
+def _int8(x, inverse):
+    """Round to the nearest code, half to even: adding and subtracting 1.5 * 2^23 leaves the nearest integer."""
+    code = (x * inverse + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(code, -_LARGEST), _LARGEST).to(tl.int8)
+
+
+@triton.jit
+def _store_halves(
+    cache_ptr, scale_ptr, slot, first, second, mask, SIZE: tl.constexpr, HALF: tl.constexpr, CODE_BITS: tl.constexpr
+):
+    """Write a vector [1, SIZE] that comes as two halves [1, HALF] to `slot` [1, 1]; CODE_BITS 8: as int8.encode does."""
+    place = cache_ptr + slot * SIZE + tl.arange(0, HALF)[None, :]
+    if CODE_BITS == 8:
+        first = tl.where(mask, first.to(tl.float32), 0.0)
+        second = tl.where(mask, second.to(tl.float32), 0.0)
+        largest = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1)[:, None]
+        scale = (largest * (_LEVELS / _LARGEST)).to(tl.float16)
+        tl.store(scale_ptr + slot, scale)
+        inverse = tl.where(scale > 0, _LEVELS / scale.to(tl.float32), 0.0)
+        tl.store(place, _int8(first, inverse), mask=mask)
+        tl.store(place + SIZE // 2, _int8(second, inverse), mask=mask)
+    else:
+        cache = cache_ptr.dtype.element_ty
+        tl.store(place, first.to(cache), mask=mask)
+        tl.store(place + SIZE // 2, second.to(cache), mask=mask)
+
+
+@triton.jit
 def head_rope(
     q_ptr,
     k_ptr,
@@ -47,7 +79,9 @@ def head_rope(
     sin_ptr,
     position_ptr,
     k_cache_ptr,
+    k_scale_ptr,
     v_cache_ptr,
+    v_scale_ptr,
     q_out_ptr,
     r_out_ptr,
     eps,
@@ -57,11 +91,13 @@ def head_rope(
     R: tl.constexpr,
     HALF: tl.constexpr,
     FOLDED: tl.constexpr,
+    CODE_BITS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """reference.head_rope; program i < HEADS is query head i, the others the KV heads.
 
     q [H * D], k, v [H_kv * D], cos, sin [D / 2] float32, caches [H_kv, S, width]; writes q_out [H, D], r_out [H, R].
+    CODE_BITS 8: caches int8, with scales [H_kv, S] float16.
     """
     head = tl.program_id(0) + tl.arange(0, 1)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
@@ -93,12 +129,9 @@ def head_rope(
         first, second, square = head_halves(k_ptr, kv_head, kv_head >= 0, D, HALF)
         value0, value1, value_square = head_halves(v_ptr, kv_head, kv_head >= 0, D, HALF)
         first, second = rotated_halves(first, second, square, weight0, weight1, cos, sin, eps, dtype)
-        cache = k_cache_ptr.dtype.element_ty
         slot = (kv_head.to(tl.int64) * S + tl.load(position_ptr) % S)[:, None]
-        k_place, k_in = k_cache_ptr + slot * R + column, turned if FOLDED else inside
-        tl.store(k_place, first.to(cache), mask=k_in)
-        tl.store(k_place + R // 2, second.to(cache), mask=k_in)
+        k_in = turned if FOLDED else inside
+        _store_halves(k_cache_ptr, k_scale_ptr, slot, first, second, k_in, R, HALF, CODE_BITS)
         rms = tl.rsqrt(value_square + eps)[:, None]
-        v_place = v_cache_ptr + slot * D + column
-        tl.store(v_place, (value0 * rms).to(dtype).to(cache), mask=inside)
-        tl.store(v_place + D // 2, (value1 * rms).to(dtype).to(cache), mask=inside)
+        value0, value1 = (value0 * rms).to(dtype), (value1 * rms).to(dtype)
+        _store_halves(v_cache_ptr, v_scale_ptr, slot, value0, value1, inside, D, HALF, CODE_BITS)

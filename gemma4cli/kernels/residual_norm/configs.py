@@ -17,7 +17,7 @@ class ResidualNormConfig:
 
 RESIDUAL_NORM: dict[str, ResidualNormConfig] = {
     "sm_80": ResidualNormConfig(8, 8),
-    "sm_90": ResidualNormConfig(4, 8),
+    "sm_90": ResidualNormConfig(8, 8),
     "sm_86": ResidualNormConfig(8, 8),
     "sm_120": ResidualNormConfig(8, 8),
 }

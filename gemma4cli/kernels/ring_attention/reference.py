@@ -27,6 +27,6 @@ def ring_attention(
 
     Args: as ``head_rope.reference.head_rope`` takes them; window: positions that a query sees, itself included.
     """
-    query, _ = head_rope(q, k, v, q_weight, k_weight, cos, sin, position, k_cache, v_cache, eps)
+    query, _ = head_rope(q, k, v, q_weight, k_weight, cos, sin, position, k_cache, v_cache, None, None, eps)
     mixed = attention(query, None, AttentionCache(k_cache, v_cache), position, window)
     return mixed.to(q.dtype).view(1, -1)
