@@ -24,6 +24,9 @@ from gemma4cli.quant.gguf.checkpoint import GGUFCheckpoint
 
 WEIGHTS_FILE = "weights.ptd"
 AUTO = "auto"
+# What AUTO chooses from, the most exact first. Folding is exact, and layers that have two projections for K and V are
+# stored without it.
+AUTO_FORMATS = ("folded", "folded-q8", "folded-tq4")
 DEFAULT_CHUNK = 512
 """Long enough for the tensor cores, and short because every sliding layer's ring is longer by it."""
 DEFAULT_VRAM = 24 << 30
@@ -82,8 +85,8 @@ def signature_of(request: ExportRequest) -> Signature:
             _require_fit(signature, request.vram, _context(request))
         return signature
     vram = request.vram or _memory_here() or DEFAULT_VRAM
-    base = Signature.of(reader, spec, KV_FORMATS[0])
-    for name in KV_FORMATS:
+    base = Signature.of(reader, spec, AUTO_FORMATS[0])
+    for name in AUTO_FORMATS:
         signature = Signature(base.config, base.formats, base.cache, name)
         if _total(signature) + _context(request) <= vram:
             return signature
