@@ -1,11 +1,9 @@
-"""Check and time the attention kernels on the GPU at hand: full layers of the 31B at many depths, sliding layers,
-prefill.
+"""Check and time prefill's attention on the GPU at hand, compiled by the Triton that is there: the 31B's full and sliding
+layers. Decoding's is timed as it is compiled for bundles, by time_candidates.py, which takes caches from here.
 
     python bench/tune_attention.py --out results.json [--seconds 200]
 
-Every configuration is checked against the float32 reference first. Decode is timed in a cache allocated for 131,072
-tokens whatever the depth: the time must follow the depth, not the allocation. Medians of CUDA-graph replays over
-several caches.
+Every configuration is checked against the float32 reference first. Medians of CUDA-graph replays.
 """
 
 from __future__ import annotations
@@ -20,26 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4cli.kernels.attention import decode, int8, prefill, reference, turboquant
+from gemma4cli.kernels.attention import int8, prefill, reference, turboquant
 from gemma4cli.kernels.attention.cache import AttentionCache, code_bits
 
-ALLOCATED = 131072
+SLOTS = 32768
 FULL = {"heads": 32, "kv_heads": 4, "head_dim": 512, "rotated": 128, "window": 0}
 SLIDING = {"heads": 32, "kv_heads": 16, "head_dim": 256, "rotated": 256, "window": 1024}
-DECODE_CONFIGS = [  # (splits, block_s, warps, stages)
-    (splits, block_s, warps, stages)
-    for splits in (16, 32, 64, 128)
-    for block_s, warps, stages in (
-        (16, 4, 1),
-        (16, 4, 2),
-        (32, 4, 1),
-        (32, 4, 2),
-        (32, 8, 2),
-        (64, 8, 1),
-        (64, 4, 1),
-        (16, 2, 2),
-    )
-]
 PREFILL_CONFIGS = [  # (rows, block_s, warps, stages), also with K_r fetched ahead for a folded cache
     (32, 32, 4, 1), (32, 32, 8, 1), (64, 16, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 8, 2),
     (64, 64, 8, 1), (64, 64, 8, 2), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 1), (128, 64, 8, 2), (128, 16, 8, 2),
@@ -77,25 +61,6 @@ def pointers(cache: AttentionCache, q: torch.Tensor, r: torch.Tensor) -> list[to
     return [q, r, cache.k, k_scale, cache.v, v_scale]
 
 
-def decoder(cache: AttentionCache, shape: dict, q, r, position, config) -> tuple[Callable[[], None], torch.Tensor]:
-    splits, block_s, warps, stages = config
-    heads, head_dim = shape["heads"], shape["head_dim"]
-    partial = torch.empty(heads, splits, head_dim, device="cuda")
-    top, total = torch.empty(heads, splits, device="cuda"), torch.empty(heads, splits, device="cuda")
-    out = torch.full_like(q, torch.nan)
-
-    def run() -> None:
-        decode.split[(shape["kv_heads"], splits)](
-            *pointers(cache, q, r), position, partial, top, total, cache.v.shape[1], **common(cache, shape),
-            SPLITS=splits, BLOCK_S=block_s, ROWS=16, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        decode.combine[(heads, triton.cdiv(head_dim, 64))](
-            partial, top, total, out, D=head_dim, SPLITS=splits, BLOCK_D=64, num_warps=4
-        )
-
-    return run, out
-
-
 def prefiller(cache: AttentionCache, shape: dict, q, r, position, config) -> tuple[Callable[[], None], torch.Tensor]:
     rows, block_s, warps, stages, *ahead = config
     tokens, group = q.shape[1], shape["heads"] // shape["kv_heads"]
@@ -110,7 +75,7 @@ def prefiller(cache: AttentionCache, shape: dict, q, r, position, config) -> tup
     return run, out
 
 
-def graph_time_us(run: Callable[[], None], repeats: int) -> float:
+def graph_time_us(run: Callable[[], None], repeats: int = 3) -> float:
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -128,7 +93,7 @@ def graph_time_us(run: Callable[[], None], repeats: int) -> float:
     return sorted(samples)[2]
 
 
-def rows(make, cache, shape, q, r, position, configs, repeats, deadline) -> Iterator[dict]:
+def rows(cache, shape, q, r, position, configs, deadline) -> Iterator[dict]:
     """Check and time each configuration."""
     folded = r if cache.folded else None
     expected = reference.attention(q.float(), None if folded is None else r.float(), cache, position, shape["window"])
@@ -136,23 +101,23 @@ def rows(make, cache, shape, q, r, position, configs, repeats, deadline) -> Iter
         if time.time() > deadline:
             return
         try:
-            run, out = make(cache, shape, q, r, position, config)
+            run, out = prefiller(cache, shape, q, r, position, config)
             run()
             error = ((out.float() - expected).norm() / expected.norm()).item()
             if not error < 2e-2:
                 yield {"config": config, "error": error}
                 continue
-            yield {"config": config, "us": graph_time_us(run, repeats), "error": error}
+            yield {"config": config, "us": graph_time_us(run), "error": error}
         except Exception as failure:  # a configuration the compiler or the GPU refuses is a result too
             yield {"config": config, "failure": repr(failure)[:80]}
 
 
-def report(document: dict, label: str, found: list[dict], work: float, unit: str) -> None:
+def report(document: dict, label: str, found: list[dict], work: float) -> None:
     good = sorted((row for row in found if "us" in row), key=lambda row: row["us"])
     bad = [row for row in found if "us" not in row]
     document["rows"].append({"case": label, "top": good[:5], "bad": bad[:6]})
     best = [(row["config"], round(row["us"], 1)) for row in good[:3]]
-    rate = f"{work / good[0]['us']:.0f} {unit}" if good else "none"
+    rate = f"{work / good[0]['us']:.0f} TFLOP/s" if good else "none"
     print(f"{label:28} {rate:12} err {good[0]['error'] if good else 0:.0e} {best} bad {len(bad)}", flush=True)
 
 
@@ -164,42 +129,20 @@ def main() -> None:
     deadline = time.time() + arguments.seconds
     torch.manual_seed(0)
     document: dict = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name(), "rows": []}
-    for kind in ("plain", "folded", "tq4", "folded-tq4"):
-        cache = make_cache(kind, FULL, ALLOCATED)
-        bytes_per_slot = sum(t.numel() * t.element_size() for t in (cache.k, cache.v)) / ALLOCATED
-        q = torch.randn(32, 1, 512, device="cuda", dtype=torch.bfloat16) * 0.05
-        r = torch.randn(32, 1, 128 if cache.folded else 512, device="cuda", dtype=torch.bfloat16) * 0.05
-        best = None
-        for depth in (130000, 32768, 8192, 512):
-            configs = DECODE_CONFIGS if best is None else best
-            where = torch.tensor([depth - 1], device="cuda")
-            found = list(rows(decoder, cache, FULL, q, r, where, configs, 20, deadline))
-            report(document, f"decode {kind} @{depth}", found, bytes_per_slot * depth / 1e3, "GB/s")
-            if best is None:
-                best = [row["config"] for row in sorted((f for f in found if "us" in f), key=lambda f: f["us"])[:6]]
+    for kind in ("plain", "folded", "q8", "folded-q8", "tq4", "folded-tq4"):
+        cache = make_cache(kind, FULL, SLOTS)
         for depth in (0, 30720):
-            q2 = torch.randn(32, 1024, 512, device="cuda", dtype=torch.bfloat16) * 0.05
-            r2 = torch.randn(32, 1024, r.shape[-1], device="cuda", dtype=torch.bfloat16) * 0.05
+            q = torch.randn(32, 1024, 512, device="cuda", dtype=torch.bfloat16) * 0.05
+            r = torch.randn(32, 1024, 128 if cache.folded else 512, device="cuda", dtype=torch.bfloat16) * 0.05
             where = torch.arange(depth, depth + 1024, device="cuda")
-            cut = AttentionCache(cache.k[:, :32768].contiguous(), cache.v[:, :32768].contiguous(),
-                                 None if cache.k_scale is None else cache.k_scale[:, :32768].contiguous(),
-                                 None if cache.v_scale is None else cache.v_scale[:, :32768].contiguous(),
-                                 cache.folded)  # fmt: skip
             ahead = [(*config, "ahead") for config in PREFILL_CONFIGS] if kind == "folded" else []
-            found = list(rows(prefiller, cut, FULL, q2, r2, where, PREFILL_CONFIGS + ahead, 3, deadline))
-            flops = 4 * 32 * 512 * 1024 * (depth + 512) / 1e6
-            report(document, f"prefill {kind} 1024@{depth}", found, flops, "TFLOP/s")
+            found = list(rows(cache, FULL, q, r, where, PREFILL_CONFIGS + ahead, deadline))
+            report(document, f"full, {kind} 1024@{depth}", found, 4 * 32 * 512 * 1024 * (depth + 512) / 1e6)
         arguments.out.write_text(json.dumps(document, indent=1))
-        del cache
-        torch.cuda.empty_cache()
     ring = make_cache("plain", SLIDING, 2047)
-    for tokens in (1, 1024):
-        q = torch.randn(32, tokens, 256, device="cuda", dtype=torch.bfloat16) * 0.05
-        where = torch.arange(5000, 5000 + tokens, device="cuda")
-        make, configs = (decoder, DECODE_CONFIGS) if tokens == 1 else (prefiller, PREFILL_CONFIGS)
-        found = list(rows(make, ring, SLIDING, q, q, where, configs, 10, deadline))
-        work = 2 * 16 * 256 * 2 * 1024 / 1e3 if tokens == 1 else 4 * 32 * 256 * tokens * 1024 / 1e6
-        report(document, f"sliding T={tokens}", found, work, "GB/s" if tokens == 1 else "TFLOP/s")
+    q = torch.randn(32, 1024, 256, device="cuda", dtype=torch.bfloat16) * 0.05
+    found = list(rows(ring, SLIDING, q, q, torch.arange(5000, 6024, device="cuda"), PREFILL_CONFIGS, deadline))
+    report(document, "sliding 1024@5000", found, 4 * 32 * 256 * 1024 * 1024 / 1e6)
     arguments.out.write_text(json.dumps(document, indent=1))
 
 
