@@ -1,7 +1,7 @@
 """Programmatic dependent launch: a kernel starts while the one before it still runs, and fetches weights meanwhile.
 
 A kernel compiled with ``PDL`` waits for its predecessor before it touches anything that a kernel writes. What it may
-read before is what no kernel of a step writes: weights, the position, and what earlier steps left in a ring. Because
+read before is what no kernel of a step writes: weights, the position, and what earlier steps left in a cache. Because
 every such kernel waits, the end of one means the end of all before it, so buffers can be reused as in plain order.
 
 When a kernel lets its successor start was measured (bench/notes.md): products and norms at once, because they have
