@@ -11,6 +11,8 @@ import triton.language as tl
 from gemma4cli.kernels.attention import attend, configs, decode, int8, prefill, reference, turboquant, wide
 from gemma4cli.kernels.attention.cache import AttentionCache
 from gemma4cli.kernels.compile import compile_kernel
+from gemma4cli.kernels.ring_attention import WARPS as RING_WARPS
+from gemma4cli.kernels.ring_attention.kernel import fits as ring_fits
 from gemma4cli.kernels.targets import TARGETS, compiling_for, get_target
 
 KINDS = ["plain", "folded", "q8", "folded-q8", "tq4", "folded-tq4"]
@@ -111,6 +113,15 @@ MEASURED_SPILLS = {("attend", "sm_90", "tq4"): 96, ("attend", "sm_90", "folded-t
 # And small heads, as tests have: what ``wide.split`` does not take.
 SMALL = (64, 32, 0, 8)
 CASES = [(kind, FULL) for kind in KINDS] + [("plain", SLIDING), ("q8", SMALL), ("folded-tq4", SMALL)]
+
+
+def test_the_31b_takes_the_kernels_made_for_it() -> None:
+    """Others would give the same tokens, slower."""
+    head_dim, rotated, window, group = FULL
+    assert wide.fits(head_dim, rotated, group, window) and wide.fits(head_dim, head_dim, group, window)
+    assert ring_fits(SLIDING[0], SLIDING[3], RING_WARPS)
+    tables = {kind: configs.wide_config(get_target("sm_90"), kind) for kind in KINDS}
+    assert all(isinstance(config, configs.WideConfig) for config in tables.values())
 
 
 @pytest.mark.parametrize("target_name", sorted(TARGETS))
